@@ -1,0 +1,36 @@
+# `make demo` and `make test` set themselves up; the environment is .venv unless VENV says otherwise.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint lock clean
+
+demo: $(READY)
+	$(BIN)/eva02-at demo
+
+# Two at a time, a file each: much of the suite waits for processes that it starts.
+test: $(READY) lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Every version comes from the lock file. torch goes first: with it in place nothing pulls another.
+$(READY): pyproject.toml requirements.lock
+	@echo "setting up $(VENV) (a minute or two)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -qq --upgrade pip
+	$(BIN)/pip install -qq --constraint requirements.lock torch
+	$(BIN)/pip install -qq --constraint requirements.lock --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+# Run in a fresh environment: it writes down what is installed.
+lock:
+	(sed -n '/^#/p' requirements.lock; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//; /^eva02-at/d') > requirements.lock.new
+	mv requirements.lock.new requirements.lock

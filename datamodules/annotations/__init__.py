@@ -1,0 +1,1 @@
+"""Readers of the field's annotation files: each returns plain dataclasses, row by row."""

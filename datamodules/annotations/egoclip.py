@@ -1,0 +1,37 @@
+"""EgoClip (EgoVLP): the narrated clips of Ego4D, `egoclip.csv`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from datamodules.annotations.table import iterate_table, parse_int_list, parse_seconds
+from datamodules.manifest import ClipRecord
+
+COLUMNS = ("video_uid", "clip_start", "clip_end", "clip_text", "tag_verb", "tag_noun")
+
+
+def read_egoclip(path: str | Path) -> list[ClipRecord]:
+    """Read egoclip.csv: tab-separated, class lists as Python literals.
+
+    A clip's id is its row number in the file. Starts before the video's beginning are clamped to
+    0. The published 3,847,723 rows take about 3 GB.
+
+    Raises:
+        ValueError: The file is missing or malformed; the message names the row.
+    """
+    clips = []
+    for number, row in enumerate(iterate_table(path, COLUMNS, delimiter="\t")):
+        where = f"{path}, row {number + 1}"
+        clips.append(
+            ClipRecord(
+                clip_id=str(number),
+                video_id=sys.intern(row["video_uid"]),
+                start_s=max(0.0, parse_seconds(row["clip_start"], f"{where}, clip_start")),
+                end_s=parse_seconds(row["clip_end"], f"{where}, clip_end"),
+                texts=(row["clip_text"],),
+                verb_classes=parse_int_list(row["tag_verb"], f"{where}, tag_verb"),
+                noun_classes=parse_int_list(row["tag_noun"], f"{where}, tag_noun"),
+            )
+        )
+    return clips

@@ -1,0 +1,170 @@
+"""EPIC-KITCHENS-100: the clip and sentence files of multi-instance retrieval, read as published.
+
+`EPIC_100_retrieval_{train,test}.csv` and the action-recognition files
+`EPIC_100_{train,validation}.csv` share their columns, so `read_retrieval_clips` reads all four.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from datamodules.annotations.table import parse_clock, parse_int, parse_int_list, read_table
+
+CLIP_COLUMNS = (
+    "narration_id",
+    "participant_id",
+    "video_id",
+    "start_timestamp",
+    "stop_timestamp",
+    "narration",
+    "verb_class",
+    "noun_class",
+    "all_noun_classes",
+)
+
+
+@dataclass(frozen=True)
+class RetrievalClip:
+    """One row of a clip file.
+
+    Attributes:
+        narration_id: The clip's name, unique within its file (`P01_11_0`).
+        participant_id: `P01`.
+        video_id: `P01_11`.
+        start_s: Start within the video in seconds, from the timestamp: the frame numbers of the
+            file are nominal 60 fps while the videos are 59.94, 29.97, 90 or 47.95 fps.
+        stop_s: Stop in seconds.
+        narration: What the narrator said.
+        verb_class: 0..96.
+        noun_class: 0..299, the main noun.
+        all_noun_classes: Every noun of the narration, in the file's order.
+    """
+
+    narration_id: str
+    participant_id: str
+    video_id: str
+    start_s: float
+    stop_s: float
+    narration: str
+    verb_class: int
+    noun_class: int
+    all_noun_classes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One row of a sentence file, with the text and classes of the clip it names.
+
+    Attributes:
+        narration_id: The clip that first said it.
+        text: That clip's narration.
+        verb_class: That clip's verb class.
+        all_noun_classes: That clip's noun classes.
+    """
+
+    narration_id: str
+    text: str
+    verb_class: int
+    all_noun_classes: tuple[int, ...]
+
+
+def retrieval_files(directory: str | Path, split: str) -> tuple[Path, Path]:
+    """Find the clip and the sentence file of a split.
+
+    Args:
+        directory: The annotations, or a clone of their repository (which keeps these two files in
+            `retrieval_annotations/`).
+        split: `train` or `test`.
+
+    Returns:
+        Paths of the clip and the sentence file.
+
+    Raises:
+        ValueError: The directory or one of the files does not exist.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"annotation directory {directory} does not exist; give an existing one")
+    names = (f"EPIC_100_retrieval_{split}.csv", f"EPIC_100_retrieval_{split}_sentence.csv")
+    for folder in (directory, directory / "retrieval_annotations"):
+        clips, sentences = folder / names[0], folder / names[1]
+        if clips.is_file() and sentences.is_file():
+            return clips, sentences
+    absent = [name for name in names if not (directory / name).is_file()]
+    raise ValueError(
+        f"{directory} has no {' and no '.join(absent)}; the files of EK-100 multi-instance "
+        f"retrieval for split {split!r} are needed under their published names"
+    )
+
+
+def read_retrieval_clips(path: str | Path) -> list[RetrievalClip]:
+    """Read a clip file with the columns `CLIP_COLUMNS` (others are ignored).
+
+    Args:
+        path: `EPIC_100_retrieval_{train,test}.csv` or `EPIC_100_{train,validation}.csv`.
+
+    Returns:
+        The clips in the file's order, which is the row order of published similarity matrices.
+
+    Raises:
+        ValueError: Missing file or column, no rows, a malformed number, list or time, or a
+            narration_id that occurs twice. A clip that stops before it starts is left to
+            `shards build` to reject: it still counts in scores.
+    """
+    clips: list[RetrievalClip] = []
+    seen: set[str] = set()
+    for number, row in enumerate(read_table(path, CLIP_COLUMNS), start=1):
+        where = f"{path}, row {number}"
+        start_s = parse_clock(row["start_timestamp"], f"{where}, start_timestamp")
+        stop_s = parse_clock(row["stop_timestamp"], f"{where}, stop_timestamp")
+        if row["narration_id"] in seen:
+            raise ValueError(f"{where}: narration_id {row['narration_id']!r} occurs twice")
+        seen.add(row["narration_id"])
+        clips.append(
+            RetrievalClip(
+                narration_id=row["narration_id"],
+                participant_id=row["participant_id"],
+                video_id=row["video_id"],
+                start_s=start_s,
+                stop_s=stop_s,
+                narration=row["narration"],
+                verb_class=parse_int(row["verb_class"], f"{where}, verb_class"),
+                noun_class=parse_int(row["noun_class"], f"{where}, noun_class"),
+                all_noun_classes=parse_int_list(
+                    row["all_noun_classes"], f"{where}, all_noun_classes"
+                ),
+            )
+        )
+    return clips
+
+
+def read_sentences(path: str | Path, clips: list[RetrievalClip]) -> list[Sentence]:
+    """Read a sentence file; text and classes come from the clip each row names.
+
+    In the published files the text of the last rows (test 3835-3841, train 15968-15988) is shifted
+    by one against `narration_id`, so the file's own text is not used.
+
+    Args:
+        path: `EPIC_100_retrieval_{train,test}_sentence.csv`.
+        clips: The clips of the same split.
+
+    Returns:
+        The sentences in the file's order, which is the column order of similarity matrices.
+
+    Raises:
+        ValueError: Missing file or column, no rows, or a narration_id that no clip has.
+    """
+    by_id = {clip.narration_id: clip for clip in clips}
+    sentences = []
+    for number, row in enumerate(read_table(path, ("narration_id",)), start=1):
+        clip = by_id.get(row["narration_id"])
+        if clip is None:
+            raise ValueError(
+                f"{path}, row {number}: no clip has narration_id {row['narration_id']!r}; the "
+                "sentence file and the clip file must be of the same split"
+            )
+        sentences.append(
+            Sentence(clip.narration_id, clip.narration, clip.verb_class, clip.all_noun_classes)
+        )
+    return sentences

@@ -1,0 +1,272 @@
+"""What both DataModules share: the training stream with its position, and evaluation loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch.distributed
+from lightning import LightningDataModule, Trainer
+
+from datamodules.annotations.epic import read_retrieval_clips, read_sentences, retrieval_files
+from datamodules.faults import FaultMonitor
+from datamodules.loader import PlaceLoader
+from datamodules.manifest import load_records
+from datamodules.order import StreamOrder
+from datamodules.reader import Corpus, SampleReader
+from datamodules.remote import FileCache
+from datamodules.stream import (
+    ChooseText,
+    ClipOptions,
+    EvalClips,
+    EvalSentences,
+    Narration,
+    TrainStream,
+)
+
+
+@dataclass
+class RetrievalSplit:
+    """Clips and sentences to retrieve from each other.
+
+    Attributes:
+        manifest: Manifest of the clips' shards.
+        annotations: Folder with EK-100's retrieval CSVs, for the sentence list. Without it, the
+            sentences are the distinct narrations of the clips, in order of appearance.
+        split: `train` or `test`, which of the CSVs.
+    """
+
+    manifest: str
+    annotations: str | None = None
+    split: str = "test"
+
+    def sentences(self) -> list[Narration]:
+        """Read the sentence list, in the order of the published similarity matrices' columns.
+
+        Raises:
+            ValueError: A file is missing or malformed.
+        """
+        if self.annotations is not None:
+            clip_file, sentence_file = retrieval_files(self.annotations, self.split)
+            rows = read_sentences(sentence_file, read_retrieval_clips(clip_file))
+            return [
+                Narration(row.text, number, (row.verb_class,), row.all_noun_classes)
+                for number, row in enumerate(rows)
+            ]
+        first: dict[str, Narration] = {}
+        for record in load_records(Corpus.load([self.manifest]).manifests[0]):
+            text = record.texts[0]
+            if text not in first:
+                classes = record.verb_classes, record.noun_classes
+                first[text] = Narration(text, len(first), *classes)
+        return list(first.values())
+
+
+class StreamDataModule(LightningDataModule):
+    """A training stream that resumes exactly on any number of ranks, and evaluation loaders.
+
+    The checkpoint holds two integers, the epoch and the samples consumed in it, taken from the
+    trainer's counters of finished batches; whatever loaders have prefetched does not count.
+
+    Subclasses give `train_manifests`, `train_weights`, `choose_text` and the evaluation splits.
+    """
+
+    def __init__(
+        self,
+        *,
+        clip_options: ClipOptions,
+        global_batch_size: int,
+        eval_batch_size: int,
+        num_workers: int,
+        prefetch: int,
+        seed: int,
+        lanes: int | None,
+        shuffle_window: int | None,
+        max_fault_rate: float,
+        accept_changed_data: bool,
+        cache_dir: str | None,
+        cache_gb: float,
+    ) -> None:
+        super().__init__()
+        self.cache = None if cache_dir is None else FileCache(cache_dir, int(cache_gb * 1e9))
+        self.clip_options = clip_options
+        self.global_batch_size, self.eval_batch_size = global_batch_size, eval_batch_size
+        self.num_workers, self.prefetch, self.seed = num_workers, prefetch, seed
+        self.lanes, self.shuffle_window = lanes, shuffle_window
+        self.max_fault_rate, self.accept_changed_data = max_fault_rate, accept_changed_data
+        self.train_manifests: Sequence[str] = ()
+        self.train_weights: Sequence[float] | None = None
+        self.val_split: RetrievalSplit | None = None
+        self.test_split: RetrievalSplit | None = None
+        self.fault_monitor: FaultMonitor | None = None
+        # (epoch, samples) at which the next iteration begins; None if the trainer alone knows
+        self._loaded: tuple[int, int] | None = (0, 0)
+        self._epoch: int | None = None  # the epoch that the trainer is in, once it has begun
+
+    def choose_text(self) -> ChooseText:
+        """Return how training picks a clip's text."""
+        raise NotImplementedError
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The training shards."""
+        return Corpus.load(self.train_manifests, self.train_weights)
+
+    @cached_property
+    def order(self) -> StreamOrder:
+        """The order of training samples."""
+        return StreamOrder(
+            self.corpus.counts,
+            global_batch_size=self.global_batch_size,
+            seed=self.seed,
+            lanes=self.lanes,
+            window=self.shuffle_window,
+            weights=self.corpus.shard_weights,
+        )
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of one rank's epoch: optimiser steps times accumulated micro-batches."""
+        return self.order.num_steps * self._micro_batches()
+
+    def train_dataloader(self) -> PlaceLoader:
+        """Build the training loader: global_batch_size / (ranks x accumulation) clips a batch."""
+        rank, world_size = self._rank_and_world_size()
+        micro_batches = self._micro_batches()
+        num_parts = world_size * micro_batches
+        self.order.check_parts(num_parts)
+        reader = SampleReader(self.corpus, self.cache)
+        self.fault_monitor = FaultMonitor(self.num_workers, self.max_fault_rate)
+        stream = TrainStream(
+            reader,
+            self.order,
+            self.clip_options,
+            self.choose_text(),
+            self.fault_monitor,
+            rank * micro_batches,
+            num_parts,
+        )
+        return self._loader(stream, self._train_places, self.batches_per_epoch, reader)
+
+    def val_dataloader(self) -> list[PlaceLoader]:
+        """Build the loaders of clips and of sentences to validate on; none without a split."""
+        return self._eval_loaders(self.val_split)
+
+    def test_dataloader(self) -> list[PlaceLoader]:
+        """Build the loaders of clips and of sentences to test on."""
+        return self._eval_loaders(self.test_split or self.val_split)
+
+    def predict_dataloader(self) -> list[PlaceLoader]:
+        """Build the same loaders as for the test."""
+        return self.test_dataloader()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of the next batch to train on, and what it refers to."""
+        epoch, samples = self._position()
+        return {"epoch": epoch, "samples": samples, **self._identity()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a checkpoint's position, on any number of ranks.
+
+        Raises:
+            ValueError: The data, the seed or the batch is not the checkpoint's, so that the order
+                would be another one.
+        """
+        mine = self._identity()
+        changed = [key for key in mine if state_dict.get(key) != mine[key]]
+        if changed and not self.accept_changed_data:
+            listed = ", ".join(f"{k} {state_dict.get(k)!r} -> {mine[k]!r}" for k in changed)
+            raise ValueError(
+                f"the checkpoint's stream is another one ({listed}), so it cannot be continued "
+                "exactly; restore the values, or set data.init_args.accept_changed_data=true to "
+                "go on with a new order"
+            )
+        self._loaded = None if changed else (state_dict["epoch"], state_dict["samples"])
+        self._epoch = None
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "manifest": self.corpus.fingerprint,
+            "global_batch_size": self.global_batch_size,
+            "lanes": self.order.lanes,
+            "window": self.order.window,
+        }
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        if self.trainer is not None:
+            return self.trainer.global_rank, self.trainer.world_size
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1
+
+    def _micro_batches(self) -> int:
+        return 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+
+    def _position(self) -> tuple[int, int]:
+        """(epoch, samples consumed in it): as loaded, then by the trainer's finished batches."""
+        if self._epoch is None or self.trainer is None:
+            return self._loaded or (0, 0)
+        # `processed` counts a batch once its optimiser step is done, before the hooks that save;
+        # it keeps the last epoch's count until the first batch of the next is asked for
+        finished = _counters(self.trainer).processed
+        if finished >= self.trainer.num_training_batches:
+            return self._epoch + 1, 0
+        return self._epoch, finished * self.global_batch_size // self._micro_batches()
+
+    def _train_places(self) -> Iterator[tuple[int, int, int]]:
+        """Yield (epoch, step, micro-batch) from the position at the first call to the end."""
+        micro_batches = self._micro_batches()
+        epoch, samples = self._loaded or (0, 0)
+        if self.trainer is not None:
+            epoch = self.trainer.current_epoch
+            samples = _counters(self.trainer).ready * self.global_batch_size // micro_batches
+            if self._epoch is None and self._loaded not in (None, (epoch, samples)):
+                raise ValueError(
+                    f"the stream stands at (epoch, sample) {self._loaded}, the trainer at "
+                    f"{(epoch, samples)}; was accumulate_grad_batches changed within an epoch, or "
+                    "the checkpoint saved in on_train_epoch_start, which Lightning cannot resume?"
+                )
+            self._epoch = epoch
+        first = samples * micro_batches // self.global_batch_size
+        for place in range(first, self.order.num_steps * micro_batches):
+            yield epoch, *divmod(place, micro_batches)
+
+    def _loader(
+        self, dataset: Any, places: Any, length: int, reader: SampleReader | None
+    ) -> PlaceLoader:
+        return PlaceLoader(
+            dataset,
+            places,
+            length,
+            num_workers=self.num_workers if reader is not None else 0,
+            prefetch=self.prefetch,
+            monitor=getattr(dataset, "monitor", None),
+            describe=None if reader is None else reader.describe,
+        )
+
+    def _eval_loaders(self, split: RetrievalSplit | None) -> list[PlaceLoader]:
+        if split is None:
+            return []
+        reader = SampleReader(Corpus.load([split.manifest]), self.cache)
+        monitor = FaultMonitor(self.num_workers, self.max_fault_rate)
+        clips = EvalClips(reader, self.clip_options, monitor)
+        sentences = EvalSentences(split.sentences())
+        return [self._eval_loader(clips, reader), self._eval_loader(sentences, None)]
+
+    def _eval_loader(
+        self, dataset: EvalClips | EvalSentences, reader: SampleReader | None
+    ) -> PlaceLoader:
+        """Every rank gets the same number of batches; those past the end are padding."""
+        rank, world_size = self._rank_and_world_size()
+        size = self.eval_batch_size
+        length = -(-len(dataset) // (size * world_size))
+        places = [((k * world_size + rank) * size, size) for k in range(length)]
+        return self._loader(dataset, lambda: places, length, reader)
+
+
+def _counters(trainer: Trainer) -> Any:
+    """Batches of the current epoch; Lightning types them by a base class without `processed`."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current

@@ -1,0 +1,292 @@
+"""`build_shards`: annotations and videos to a resumable, reproducible set of shards.
+
+Shard k holds the clips of annotation rows [k * n, (k + 1) * n) that could be made. Shards do not
+depend on each other, so they are built in parallel, by any number of machines, in any order, and a
+build that was killed goes on with the shards that are not finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from datamodules.manifest import (
+    MANIFEST_NAME,
+    ClipRecord,
+    Manifest,
+    Shard,
+    ShardIndex,
+    index_name,
+    write_atomically,
+)
+from datamodules.shards.encode import EncodedClip, EncodeOptions, encode_clip
+from datamodules.shards.layouts import Piece, RejectedClip, VideoLayout
+from datamodules.shards.workers import Job, run_jobs
+from datamodules.shards.writer import shard_name, write_shard
+
+REJECTS_NAME = "rejects.jsonl"
+_LOCK_WAIT_S = 2.0
+_FIELDS = attrgetter(*(field.name for field in fields(ClipRecord)))
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build left behind.
+
+    Attributes:
+        manifest: Path of the manifest; None while other parts of the build are unfinished.
+        num_clips: Clips in the finished shards.
+        num_rejected: Clips that could not be made, all listed in `rejects.jsonl`.
+        num_shards: Finished shards.
+        num_bytes: Their size.
+    """
+
+    manifest: Path | None
+    num_clips: int
+    num_rejected: int
+    num_shards: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What is to be built: the arguments of `build_shards` that decide the bytes.
+
+    Attributes:
+        clips: The annotations; ids must be unique.
+        videos: Folder of the source videos.
+        layout: Where a video lies in it.
+        output: Folder to write to.
+        options: How clips are stored.
+        samples_per_shard: Annotation rows a shard.
+
+    Raises:
+        ValueError: No clips, an id twice, a missing video folder.
+    """
+
+    clips: Sequence[ClipRecord]
+    videos: Path
+    layout: VideoLayout
+    output: Path
+    options: EncodeOptions
+    samples_per_shard: int
+
+    def __post_init__(self) -> None:
+        if not self.clips:
+            raise ValueError("there are no clips to build; the annotations are empty")
+        if not self.videos.is_dir():
+            raise ValueError(f"video folder {self.videos} does not exist; give an existing one")
+        if self.samples_per_shard < 1:
+            raise ValueError(f"samples_per_shard is {self.samples_per_shard}; at least 1 is needed")
+        seen: set[str] = set()
+        for record in self.clips:
+            if record.clip_id in seen:
+                raise ValueError(f"clip id {record.clip_id!r} occurs twice; ids must be unique")
+            seen.add(record.clip_id)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the finished data set, those without a single good clip included."""
+        return -(-len(self.clips) // self.samples_per_shard)
+
+    def share(self, number: int) -> Sequence[ClipRecord]:
+        """Annotation rows of a shard."""
+        start = number * self.samples_per_shard
+        return self.clips[start : start + self.samples_per_shard]
+
+    def find(self, record: ClipRecord) -> tuple[list[Piece], float, float]:
+        """Return the source files of a clip and its span.
+
+        Raises:
+            RejectedClip: The span is empty or its file is missing.
+        """
+        start_s, end_s = max(0.0, record.start_s), record.end_s
+        if end_s <= start_s:
+            raise RejectedClip(f"empty: the span is {start_s:.2f}-{end_s:.2f} s")
+        return self.layout.pieces(self.videos, record.video_id, start_s, end_s), start_s, end_s
+
+    def encode(self, record: ClipRecord) -> EncodedClip:
+        """Make one clip.
+
+        Raises:
+            RejectedClip: With the reason.
+        """
+        return encode_clip(*self.find(record), self.options)
+
+    def build_shard(self, job: Job, begin: Callable[[str], None]) -> None:
+        """Build one shard, in a child process."""
+
+        def encode(record: ClipRecord) -> EncodedClip:
+            if record.clip_id in job.crashed:
+                raise RejectedClip(job.crashed[record.clip_id])
+            return self.encode(record)
+
+        first_row = job.number * self.samples_per_shard
+        write_shard(self.output, job.number, first_row, self.share(job.number), encode, begin)
+
+
+def build_shards(
+    clips: Sequence[ClipRecord],
+    *,
+    videos: str | Path,
+    layout: VideoLayout,
+    output: str | Path,
+    options: EncodeOptions | None = None,
+    source: dict[str, Any] | None = None,
+    samples_per_shard: int = 1000,
+    num_workers: int = 1,
+    part: tuple[int, int] = (0, 1),
+    progress: bool = False,
+) -> BuildReport:
+    """Build the shards of a data set, or go on with a build that was stopped.
+
+    The bytes depend on the clips, the videos and the options alone: not on the workers, the parts,
+    or how often the build was killed.
+
+    Args:
+        clips: The annotations; ids must be unique.
+        videos: Folder of the source videos.
+        layout: Where a video lies in it.
+        output: Folder to write to.
+        options: How clips are stored.
+        source: What to note about the annotations in the manifest (file name, format).
+        samples_per_shard: Annotation rows a shard; 1,000 clips of 200 kB make 200 MB.
+        num_workers: Processes that make clips.
+        part: (i, n): build only the shards k with k % n == i. Whichever part finds all shards
+            finished writes the manifest.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: No clips, an id twice, a missing video folder, another build in the same
+            folder, or nothing but rejects.
+    """
+    plan = BuildPlan(
+        clips, Path(videos), layout, Path(output), options or EncodeOptions(), samples_per_shard
+    )
+    if num_workers < 1:
+        raise ValueError(f"num_workers is {num_workers}; at least 1 is needed")
+    if not 0 <= part[0] < part[1]:
+        raise ValueError(f"part {part[0]} of {part[1]}: parts count from 0")
+    with _exclusive(plan.output, part):
+        recipe = _pin_recipe(plan, source or {})
+        todo = [
+            Job(number, None)
+            for number in range(part[0], plan.num_shards, part[1])
+            if not _is_finished(plan.output, number)
+        ]
+        bar = tqdm(
+            total=sum(len(plan.share(job.number)) for job in todo),
+            unit="clip",
+            desc="shards",
+            disable=not progress,
+        )
+        with bar:
+            for event in run_jobs(plan.build_shard, todo, num_workers):
+                bar.update(event.item is not None)
+    return collect_manifest(plan.output, plan.num_shards, recipe)
+
+
+def collect_manifest(output: Path, num_shards: int, recipe: dict[str, Any]) -> BuildReport:
+    """Write manifest and rejects file if all shards are finished; report either way."""
+    shards: list[Shard] = []
+    rejects: list[dict[str, str]] = []
+    finished = 0
+    for number in range(num_shards):
+        path = output / index_name(shard_name(number))
+        if not path.is_file():
+            continue
+        data = path.read_bytes()
+        index = ShardIndex.from_bytes(data, str(path))
+        finished += 1
+        rejects += index.rejects
+        if len(index):
+            digest = hashlib.sha256(data).hexdigest()
+            name = shard_name(number)
+            shards.append(Shard(name, path.name, len(index), **index.tar, index_sha256=digest))
+    manifest = None
+    if finished == num_shards:
+        lines = "".join(json.dumps(reject) + "\n" for reject in rejects)
+        write_atomically(output / REJECTS_NAME, lines.encode())
+        if not shards:
+            raise ValueError(
+                f"none of the {len(rejects)} clips could be made; the first: {rejects[0]}. "
+                f"See {output / REJECTS_NAME}; check the video folder and the layout"
+            )
+        manifest = output / MANIFEST_NAME
+        Manifest("", tuple(shards), recipe["options"], recipe["source"]).save(manifest)
+    return BuildReport(
+        manifest,
+        num_clips=sum(shard.num_samples for shard in shards),
+        num_rejected=len(rejects),
+        num_shards=finished,
+        num_bytes=sum(shard.num_bytes for shard in shards),
+    )
+
+
+def _is_finished(output: Path, number: int) -> bool:
+    tar = output / shard_name(number)
+    return (output / index_name(tar.name)).is_file() and tar.is_file()
+
+
+def _pin_recipe(plan: BuildPlan, source: dict[str, Any]) -> dict[str, Any]:
+    """Write down what is being built; refuse to go on in a folder that holds something else."""
+    digest = hashlib.sha256()
+    for record in plan.clips:
+        digest.update(json.dumps(_FIELDS(record)).encode())
+    layout = {"pattern": plan.layout.pattern, "chunk_s": plan.layout.chunk_s}
+    recipe = {
+        "options": {**asdict(plan.options), "samples_per_shard": plan.samples_per_shard},
+        "source": {
+            **source,
+            "layout": layout,
+            "num_clips": len(plan.clips),
+            "clips_sha256": digest.hexdigest(),
+        },
+    }
+    path = plan.output / "build.json"
+    if path.is_file():
+        found = json.loads(path.read_text())
+        if found != recipe:
+            changed = [
+                f"{group}.{key}"
+                for group in recipe
+                for key in {*recipe[group], *found.get(group, {})}
+                if recipe[group].get(key) != found.get(group, {}).get(key)
+            ]
+            raise ValueError(
+                f"{plan.output} holds a build with another {', '.join(sorted(changed))}; use "
+                "another output folder, or remove this one"
+            )
+    write_atomically(path, (json.dumps(recipe, indent=1) + "\n").encode())
+    return recipe
+
+
+@contextlib.contextmanager
+def _exclusive(output: Path, part: tuple[int, int]) -> Iterator[None]:
+    """Hold the folder's lock of this part, so that the same part does not run twice."""
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / f".part-{part[0]}-of-{part[1]}.lock").open("w") as lock:
+        # the children of a killed build hold the lock, too, for the moment that they outlive it
+        deadline = time.monotonic() + _LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"part {part[0]} of {part[1]} of {output} is being built by another "
+                        "process; let it finish, or stop it"
+                    ) from error
+                time.sleep(0.05)
+        yield

@@ -1,0 +1,71 @@
+"""What a build will cost, before it is started."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from datamodules.shards.build import BuildPlan
+from datamodules.shards.layouts import RejectedClip
+
+
+@dataclass(frozen=True)
+class BuildEstimate:
+    """The answer of a dry run.
+
+    Attributes:
+        num_clips: Clips whose source is there.
+        num_rejected: Clips without a source or a span, by reason's first word.
+        hours: Footage in the clips.
+        num_bytes: Size of the shards, extrapolated from the trial clips.
+        core_hours: Time of one core to make them, likewise.
+        num_trials: Trial clips that could be made.
+    """
+
+    num_clips: int
+    num_rejected: dict[str, int]
+    hours: float
+    num_bytes: int
+    core_hours: float
+    num_trials: int
+
+    def __str__(self) -> str:
+        rejected = ", ".join(f"{n} {why}" for why, n in sorted(self.num_rejected.items()))
+        return (
+            f"{self.num_clips} clips, {self.hours:.2f} h; rejected: {rejected or 'none'}\n"
+            f"about {self.num_bytes / 1e9:.3g} GB and {self.core_hours:.3g} core hours, from "
+            f"{self.num_trials} clips made on trial; nothing was written"
+        )
+
+
+def estimate_build(plan: BuildPlan, num_trials: int = 16) -> BuildEstimate:
+    """Look for every clip's source and make a few clips, evenly spread, without writing.
+
+    Args:
+        plan: What would be built.
+        num_trials: Clips to make on trial.
+    """
+    found, rejected = [], dict[str, int]()
+    for record in plan.clips:
+        try:
+            _, start_s, end_s = plan.find(record)
+            found.append((record, end_s - start_s))
+        except RejectedClip as error:
+            reason = str(error).partition(":")[0]
+            rejected[reason] = rejected.get(reason, 0) + 1
+    total_s = sum(seconds for _, seconds in found)
+    trial_s, num_bytes, trials = 0.0, 0, 0
+    started = time.perf_counter()
+    for record, seconds in found[:: max(1, -(-len(found) // num_trials))]:
+        try:
+            # a tar adds two headers, the json and padding, about 2 KiB
+            num_bytes += len(plan.encode(record).data) + 2048
+            trial_s += seconds
+            trials += 1
+        except RejectedClip:
+            continue
+    scale = total_s / trial_s if trial_s else 0.0
+    took_s = time.perf_counter() - started
+    return BuildEstimate(
+        len(found), rejected, total_s / 3600, int(num_bytes * scale), took_s * scale / 3600, trials
+    )

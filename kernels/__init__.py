@@ -1,0 +1,1 @@
+"""Attention and rotary-position kernels of EVA02-AT; imports nothing else of this project."""

@@ -1,0 +1,226 @@
+"""The rotation as PyTorch operators, so that torch.compile, autocast and checkpointing see it.
+
+`eva02_at::rotate_packed_` turns q and k inside a packed projection in place,
+`eva02_at::pack_unrotated` is its backward, `eva02_at::rotate` turns q and k into new tensors.
+Each runs as complex products (every device) or as the fused Triton kernel.
+
+Shape legend: B clips, S = 1 + T*N tokens (CLS first), T frames, N patches a frame, H heads, D head
+dim, P = D/2 channel pairs. Factors are (cos, sin) pairs: `spatial` (N, P, 2) or (B, N, P, 2),
+`temporal` (T, P, 2); the factor of a token is the product of its patch's and its frame's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def fused_status(device_type: str) -> tuple[bool, str]:
+    """Say whether the fused Triton rotation can run on a type of device, and why."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "Triton is not installed; CUDA builds of PyTorch bring it"
+    if device_type == "cuda":
+        return True, "fused Triton rotation"
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return True, "fused Triton rotation in Triton's interpreter (TRITON_INTERPRET=1): for tests"
+    return False, f"Triton kernels run on CUDA only, not on {device_type}"
+
+
+def rotate_into(
+    x: Tensor, out: Tensor, spatial: Tensor, temporal: Tensor, *, inverse: bool = False
+) -> None:
+    """Write the rotation of `x` to `out`, which may be `x` itself; no autograd.
+
+    One complex product a frame: the factor of a frame, (N, P), is formed on the fly and stays in
+    the processor's cache, and no temporary of q's size exists. Within a few percent of copying
+    `x`, where a C++ operator was not distinguishable from it in the whole attention.
+
+    Args:
+        x: (B, S, ..., H, D).
+        out: Same shape and dtype.
+        spatial: (N, P, 2) or (B, N, P, 2).
+        temporal: (T, P, 2).
+        inverse: Rotate by the negative angles, which is the backward of the rotation.
+    """
+    if not _is_pairable(out):  # never so for what a linear map made
+        copy = x.clone(memory_format=torch.contiguous_format)
+        rotate_into(copy, copy, spatial, temporal, inverse=inverse)
+        out.copy_(copy)
+        return
+    space, time = torch.view_as_complex(spatial), torch.view_as_complex(temporal)
+    num_frames = time.shape[0]
+    if out is not x:
+        out[:, :1].copy_(x[:, :1])
+        x = x if _is_pairable(x) else x.clone(memory_format=torch.contiguous_format)
+    source, target = (t[:, 1:].unflatten(1, (num_frames, -1)) for t in (x, out))
+    broadcast = (*space.shape[:-1], *(1,) * (x.dim() - 3), space.shape[-1])
+    for t in range(num_frames):
+        factor = space * time[t]
+        factor = (factor.conj_physical_() if inverse else factor).view(broadcast)
+        if x.dtype == spatial.dtype:
+            torch.mul(_as_complex(source[:, t]), factor, out=_as_complex(target[:, t]))
+        else:
+            turned = _as_complex(source[:, t].to(spatial.dtype)).mul_(factor)
+            target[:, t].copy_(torch.view_as_real(turned).flatten(-2))
+
+
+def _as_complex(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+
+
+def _is_pairable(x: Tensor) -> bool:
+    """True if the channel pairs of x can be viewed as complex numbers."""
+    return x.stride(-1) == 1 and not any(s % 2 for s in (*x.stride()[:-1], x.storage_offset()))
+
+
+def _rotate_parts(
+    parts: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    factors: tuple[Tensor, Tensor],
+    inverse: bool,
+    fused: bool,
+) -> None:
+    """Rotate one or two tensors (B, S, H, D) into their outputs, which may be themselves."""
+    if fused:
+        from kernels.triton_rotation import rotate_parts
+
+        if len({x.stride() for x in parts}) > 1 or parts[0].stride(-1) != 1:
+            parts = [x.contiguous() for x in parts]
+        rotate_parts(parts, outs, factors, -1.0 if inverse else 1.0)
+    else:
+        for x, out in zip(parts, outs, strict=True):
+            rotate_into(x, out, *factors, inverse=inverse)
+
+
+@torch.library.custom_op("eva02_at::rotate_packed_", mutates_args=("packed",))
+def rotate_packed_(packed: Tensor, spatial: Tensor, temporal: Tensor, fused: bool) -> None:
+    """Rotate all but the last part of a packed (B, S, R, H, D) in place.
+
+    The parts are q, k, v (R = 3), or k, v (R = 2): v is untouched.
+    """
+    if fused:
+        turned = packed.unbind(2)[:-1]
+        _rotate_parts(turned, turned, (spatial, temporal), False, fused)
+    else:
+        x = packed[:, :, :-1]
+        rotate_into(x, x, spatial, temporal)
+
+
+@rotate_packed_.register_fake
+def _(packed: Tensor, spatial: Tensor, temporal: Tensor, fused: bool) -> None:
+    return None
+
+
+@torch.library.custom_op("eva02_at::pack_unrotated", mutates_args=())
+def pack_unrotated(grads: list[Tensor], spatial: Tensor, temporal: Tensor, fused: bool) -> Tensor:
+    """Pack the gradients of the parts into (B, S, R, H, D), all but v's rotated back.
+
+    The packing has to be done without a rotation too: turning the numbers on their way costs
+    no memory and no pass of its own.
+    """
+    packed = _empty_packed(grads)
+    *turned, v = packed.unbind(2)
+    _rotate_parts(grads[:-1], turned, (spatial, temporal), True, fused)
+    v.copy_(grads[-1])
+    return packed
+
+
+@pack_unrotated.register_fake
+def _(grads: list[Tensor], spatial: Tensor, temporal: Tensor, fused: bool) -> Tensor:
+    return _empty_packed(grads)
+
+
+def _empty_packed(parts: Sequence[Tensor]) -> Tensor:
+    num_clips, num_tokens, num_heads, head_dim = parts[0].shape
+    return parts[0].new_empty(num_clips, num_tokens, len(parts), num_heads, head_dim)
+
+
+@torch.library.custom_op("eva02_at::rotate", mutates_args=())
+def rotate(
+    q: Tensor, k: Tensor, spatial: Tensor, temporal: Tensor, inverse: bool, fused: bool
+) -> tuple[Tensor, Tensor]:
+    """Rotate q and k (B, S, H, D) into new tensors; differentiable."""
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    _rotate_parts((q, k), (q_out, k_out), (spatial, temporal), inverse, fused)
+    return q_out, k_out
+
+
+@rotate.register_fake
+def _(
+    q: Tensor, k: Tensor, spatial: Tensor, temporal: Tensor, inverse: bool, fused: bool
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _rotate_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    _, _, spatial, temporal, ctx.inverse, ctx.fused = inputs
+    ctx.save_for_backward(spatial, temporal)
+
+
+def _rotate_backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+    dq, dk = rotate(dq, dk, *ctx.saved_tensors, not ctx.inverse, ctx.fused)
+    return dq, dk, None, None, None, None
+
+
+rotate.register_autograd(_rotate_backward, setup_context=_rotate_setup)
+
+
+class _SplitRotated(torch.autograd.Function):
+    """(B, S, R*H*D) -> R parts, all but v rotated inside the projection's own memory.
+
+    Safe because the projection is this function's to consume: the linear map that made it keeps
+    its input and weight for the backward, not its output.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        projected: Tensor,
+        num_parts: int,
+        num_heads: int,
+        spatial: Tensor,
+        temporal: Tensor,
+        fused: bool,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(spatial, temporal)
+        ctx.fused = fused
+        packed = projected.unflatten(-1, (num_parts, num_heads, -1))
+        rotate_packed_(packed, spatial, temporal, fused)
+        return packed.unbind(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        packed = pack_unrotated(list(grads), *ctx.saved_tensors, ctx.fused)
+        return packed.flatten(2), None, None, None, None, None
+
+
+def split_rotated(
+    projected: Tensor,
+    num_parts: int,
+    num_heads: int,
+    spatial: Tensor,
+    temporal: Tensor,
+    *,
+    fused: bool,
+) -> tuple[Tensor, ...]:
+    """Split a packed projection and rotate all of it but v, without a copy.
+
+    Args:
+        projected: (B, S, R*H*D), overwritten: nothing else may read it afterwards.
+        num_parts: R: 3 for q, k, v; 2 for k, v.
+        num_heads: H.
+        spatial: (N, P, 2) or (B, N, P, 2).
+        temporal: (T, P, 2).
+        fused: Use the Triton kernel.
+
+    Returns:
+        R views (B, S, H, D) of `projected`.
+    """
+    return _SplitRotated.apply(projected, num_parts, num_heads, spatial, temporal, fused)

@@ -1,0 +1,83 @@
+"""xformers' memory-efficient attention: whether it can run, which operator it picks, the call.
+
+xformers ships no dense attention kernel for current PyTorch: it dispatches to FlashAttention 3 or
+2 where those packages are installed, to PyTorch's flash operator, or to PyTorch's CUTLASS one. It
+is imported only for CUDA tensors, and without its notice about C++ extensions that do not load:
+that is for people who chose xformers, and `available_backends` gives them the reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@lru_cache(maxsize=1)
+def _ops() -> ModuleType:
+    logger = logging.getLogger("xformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module("xformers.ops")
+    finally:
+        logger.setLevel(level)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """(B, S, H, D) each -> (B, S, H, D)."""
+    bias = _ops().LowerTriangularMask() if causal else None
+    return _ops().memory_efficient_attention(q, k, v, attn_bias=bias)
+
+
+def status(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[bool, str]:
+    """Say whether xformers can run, forward and backward, and with which operators."""
+    if device.type != "cuda":
+        return False, f"xformers attention runs on CUDA only, not on {device.type}"
+    if dtype not in _DTYPES:
+        return False, f"xformers attention takes float32, float16 and bfloat16, not {dtype}"
+    try:
+        operators = _dispatch(device, dtype, head_dim)
+    except ImportError as error:
+        return False, f"xformers cannot be imported: {error}"
+    except NotImplementedError as error:
+        return False, f"xformers has no operator for it: {_reasons(error)}"
+    version = importlib.import_module("xformers").__version__
+    return True, f"xformers {version}: {' and '.join(operators)}"
+
+
+def _reasons(error: NotImplementedError) -> str:
+    """The first reason of each operator out of the dispatcher's page of text."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    refusals = [i for i, line in enumerate(lines) if line.endswith("is not supported because:")]
+    return "; ".join(f"{lines[i].split('`')[1]}: {lines[i + 1]}" for i in refusals)
+
+
+def prefers_flash3(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """True where xformers would run FlashAttention 3, which PyTorch does not bring."""
+    usable, reason = status(device, dtype, head_dim)
+    return usable and "fa3" in reason
+
+
+def _dispatch(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+    """Names of the forward and the backward operator that xformers picks for such inputs.
+
+    Its own dispatcher knows the device's capability, the types, the installed packages and
+    PyTorch's deterministic mode.
+    """
+    fmha = _ops().fmha
+    shape = (1, 32, 1, head_dim)
+    q, k, v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(3))
+    inputs = fmha.Inputs(query=q, key=k, value=v)
+    forward = fmha.dispatch._dispatch_fw(inputs, True)
+    backward = fmha.dispatch._dispatch_bw(inputs, False)
+    return forward.NAME, backward.NAME

@@ -1,0 +1,1 @@
+"""Models, losses, metrics, checkpoints in plain torch; the LightningModules; the command line."""

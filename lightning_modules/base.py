@@ -1,0 +1,136 @@
+"""What pretraining and retrieval share: the dual encoder, its optimiser, and evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from datamodules.batch import ClipBatch, TextBatch
+from lightning_modules.checkpoints import load_clip_checkpoint
+from lightning_modules.inference.source import find_checkpoint
+from lightning_modules.metrics import MultiInstanceMAP, MultiInstanceNDCG
+from lightning_modules.models import ModelConfig
+from lightning_modules.training.gradcache import encode_in_micro_batches
+from lightning_modules.training.optim import OptimizerConfig, configure_optimizers
+
+
+class DualEncoderModule(LightningModule):
+    """A dual encoder in training: forward, optimiser and multi-instance retrieval evaluation.
+
+    Subclasses give `training_step`. Evaluation expects two loaders, clips (`ClipBatch`) and
+    sentences (`TextBatch`), and logs mAP and nDCG in percent under `val/` or `test/`.
+
+    Args:
+        model: The model to build.
+        loss: The training loss.
+        optimizer: Optimiser and schedule.
+        init_checkpoint: Weights to start from: a published file, a checkpoint of this project, or
+            the folder of a run's checkpoints, of which the newest complete one is taken. Used only
+            where the run does not resume from a checkpoint of its own.
+        micro_batch: Pairs of a rank's batch whose activations are held at a time (GradCache): the
+            contrastive batch stays whole, memory shrinks, and the encoders run twice forward.
+            None holds them all.
+
+    Raises:
+        ValueError: `micro_batch` is not positive.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        loss: nn.Module,
+        optimizer: OptimizerConfig,
+        init_checkpoint: str | None = None,
+        micro_batch: int | None = None,
+    ) -> None:
+        super().__init__()
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(f"micro_batch is {micro_batch}; at least 1, or null for no splitting")
+        self.micro_batch = micro_batch
+        self.model = model.build()
+        self.loss = loss
+        self.optimizer_config = optimizer
+        self.init_checkpoint = init_checkpoint
+        self.metrics = MetricCollection({"map": MultiInstanceMAP(), "ndcg": MultiInstanceNDCG()})
+
+    def configure_model(self) -> None:
+        """Load the initial weights, once, unless the run resumes."""
+        path, self.init_checkpoint = self.init_checkpoint, None
+        if path is None or (self._trainer is not None and self._trainer.ckpt_path is not None):
+            return
+        source = find_checkpoint(path)
+        report = load_clip_checkpoint(source.read(), self.model)
+        rank_zero_info(f"initial weights of {source.path}: {report.summary()}")
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimiser and its per-step schedule over the whole run."""
+        return configure_optimizers(self, self.model, self.optimizer_config)
+
+    def forward(self, batch: ClipBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Embed a batch: (B, E) video and (B, E) text, L2-normalised, and the logit scale."""
+        return encode_in_micro_batches(self.model, batch.video, batch.tokens, self.micro_batch)
+
+    def log_loss(self, loss: Tensor, logit_scale: Tensor, batch_size: int) -> Tensor:
+        """Log a training step; returns the loss to minimise.
+
+        The temperature is a parameter of every model but of few losses. Adding it with weight
+        zero gives it a gradient of zero, so that neither DDP nor ZeRO meets an unused parameter;
+        freezing it instead breaks the resume of ZeRO 3 (its strict state dict).
+        """
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=batch_size)
+        return loss + 0.0 * logit_scale.float().sum()
+
+    def validation_step(
+        self, batch: ClipBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Collect one batch's embeddings, of clips or of sentences."""
+        self._collect(batch)
+
+    def test_step(
+        self, batch: ClipBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Collect one batch's embeddings, of clips or of sentences."""
+        self._collect(batch)
+
+    def predict_step(
+        self, batch: ClipBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
+        """Return the batch's embeddings and identities, padding rows left out."""
+        embeddings, index, _ = self._embed(batch)
+        return {"embeddings": embeddings[batch.mask].float(), "index": index[batch.mask]}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log mAP and nDCG over everything that was collected."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log mAP and nDCG over everything that was collected."""
+        self._log_metrics("test")
+
+    def _embed(self, batch: ClipBatch | TextBatch) -> tuple[Tensor, Tensor, str]:
+        if isinstance(batch, ClipBatch):
+            return self.model.encode_video(batch.video), batch.clip_index, "video"
+        return self.model.encode_text(batch.tokens), batch.text_index, "text"
+
+    @torch.no_grad()
+    def _collect(self, batch: ClipBatch | TextBatch) -> None:
+        embeddings, index, modality = self._embed(batch)
+        self.metrics.update(
+            embeddings,
+            index,
+            batch.verb_classes,
+            batch.noun_classes,
+            modality=modality,
+            mask=batch.mask,
+        )
+
+    def _log_metrics(self, stage: str) -> None:
+        for name, metric in self.metrics.items(keep_base=True, copy_state=False):
+            for direction, value in metric.compute().items():
+                self.log(f"{stage}/{name}_{direction}", float(value), rank_zero_only=False)
+        self.metrics.reset()

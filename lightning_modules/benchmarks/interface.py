@@ -1,0 +1,113 @@
+"""What a benchmark is: which clips, which texts, what is predicted from them, how it is measured.
+
+A benchmark never sees pixels or a model. It names its clips and its prompts; somebody embeds both
+(`embed`); it turns embeddings into a prediction and a prediction into figures.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from datamodules.manifest import ClipRecord
+
+
+@dataclass(frozen=True)
+class BenchmarkData:
+    """Where a benchmark's data lie, and the choices that its protocol leaves open.
+
+    Attributes:
+        records: The clips of the shards, in their order.
+        annotations: The benchmark's annotation file or folder; None where the shards say it all.
+        split: Which part of the data; None for the benchmark's usual one.
+        template: Each prompt is set in here: `{}` or, say, `#C C {}`.
+        dual_softmax: Scale of `similarity.dual_softmax`, for retrieval; None for plain
+            similarities.
+    """
+
+    records: Sequence[ClipRecord]
+    annotations: Path | None = None
+    split: str | None = None
+    template: str = "{}"
+    dual_softmax: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.template.count("{}") != 1:
+            raise ValueError(f"template {self.template!r} given; it must contain {{}} once")
+
+    def annotation_path(self, benchmark: str, what: str) -> Path:
+        """The annotations, for a benchmark that cannot do without.
+
+        Raises:
+            ValueError: None were given, or they do not exist.
+        """
+        if self.annotations is None:
+            raise ValueError(f"benchmark {benchmark} needs its annotations: {what}")
+        if not self.annotations.exists():
+            raise ValueError(f"annotations {self.annotations} do not exist; needed: {what}")
+        return self.annotations
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A benchmark's result.
+
+    Attributes:
+        metrics: Figures in percent and counts (`num_...`), at any depth; what was left out is
+            among the counts.
+        per_query: Under the names of the metrics, the values of the single queries whose mean
+            each is, as fractions; NaN where a query was left out.
+    """
+
+    metrics: dict[str, Any]
+    per_query: dict[str, Any] = field(default_factory=dict)
+
+
+class Benchmark(ABC):
+    """One evaluation protocol.
+
+    Attributes:
+        name: On the command line.
+        columns: Metrics of a table row: title -> dotted name in `Measured.metrics`.
+        clip_ids: Data: the clips it needs, in the order of its predictions.
+        prompts: The texts it needs, in its own order.
+    """
+
+    name: ClassVar[str]
+    columns: ClassVar[Mapping[str, str]]
+    clip_ids: Sequence[str]
+    prompts: Sequence[str]
+
+    @abstractmethod
+    def predict(self, video: Tensor, text: Tensor, logit_scale: float) -> Tensor:
+        """Turn embeddings into what is measured.
+
+        Args:
+            video: (clips, E), L2-normalised; zero for a clip that is missing.
+            text: (prompts, E), L2-normalised.
+            logit_scale: The model's inverse temperature.
+        """
+
+    @abstractmethod
+    def measure(self, prediction: Tensor, present: Tensor) -> Measured:
+        """Measure a prediction.
+
+        Args:
+            prediction: As `predict` gives it.
+            present: (clips,) bool, False for clips that are not in the shards or unreadable.
+        """
+
+    def row(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """The figures of a table row: title -> value."""
+        values = {}
+        for title, dotted in self.columns.items():
+            value: Any = metrics
+            for part in dotted.split("."):
+                value = value[part]
+            values[title] = value
+        return values

@@ -1,0 +1,111 @@
+"""`eva02-at`: one console script, one module a command."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import metadata
+
+from lightning_modules.training.signals import STOP
+
+EXIT_OK, EXIT_USER_ERROR = 0, 2
+
+# command -> (module with `main(argv) -> exit code`, one-line help). Modules are imported only
+# when their command runs, so that `--help` and small commands start at once.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "fit": ("lightning_modules.cli.train", "train a recipe: --config FILE [--key.sub=value ...]"),
+    "validate": ("lightning_modules.cli.train", "run the validation loop of a recipe"),
+    "test": ("lightning_modules.cli.train", "run the test loop of a recipe"),
+    "predict": ("lightning_modules.cli.train", "write the embeddings of a recipe's test data"),
+    "shards": ("lightning_modules.cli.shards", "build, verify or describe WebDataset shards"),
+    "score": ("lightning_modules.cli.score", "EK-100 MIR mAP and nDCG of a similarity matrix"),
+    "evaluate": ("lightning_modules.cli.evaluate", "one checkpoint on one benchmark"),
+    "convert": ("lightning_modules.cli.convert", "any supported checkpoint to a safetensors file"),
+    "embed": ("lightning_modules.cli.embed", "embeddings of one's own videos"),
+    "sweep": ("lightning_modules.cli.sweep", "checkpoints x benchmarks, then one table"),
+    "search": ("lightning_modules.cli.search", "find the moments of one's videos by a text"),
+    "submit": ("lightning_modules.cli.submit", "check a recipe's SLURM job, then queue it"),
+    "plan": ("lightning_modules.cli.plan", "memory, time and cost of a recipe on a cluster"),
+    "demo": ("lightning_modules.cli.demo", "the whole mission in small, on videos made here"),
+    "bench": ("lightning_modules.cli.bench", "ratios against the obvious alternative"),
+}
+# Where a raise counts as ours; pathlib raises for a file that our code was given.
+_OUR_MODULES = {"__main__", "lightning_modules", "datamodules", "kernels", "pathlib"}
+_TRAINER_VERBS = ("fit", "validate", "test", "predict")
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())
+    return f"usage: eva02-at COMMAND [options]\n\n{rows}\n\n`eva02-at COMMAND --help` says more."
+
+
+def _refuse_foreign_kernels() -> None:
+    """PyPI's unrelated distribution `kernels` would shadow our package of that name."""
+    try:
+        found = metadata.distribution("kernels")
+    except metadata.PackageNotFoundError:
+        return
+    raise ValueError(
+        f"the distribution `kernels` {found.version} is installed; it is unrelated to this project "
+        "and shadows the import package `kernels`. Mend: `pip uninstall kernels`, or use an "
+        "environment of its own (`make demo` creates one)."
+    )
+
+
+def _is_users_mistake(error: BaseException) -> bool:
+    """True for a ValueError or OSError that our own code raised, or met at a file it was given.
+
+    The same exception out of a library is a fault of ours and keeps its traceback.
+    """
+    if not isinstance(error, (ValueError, OSError)):
+        return False
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = frame.tb_frame.f_globals.get("__name__", "") if frame else ""
+    return module.split(".")[0] in _OUR_MODULES
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Words after `eva02-at`; the process's own by default.
+
+    Returns:
+        The exit code: 0 done; 2 the user's mistake; 85 stopped by a signal with a complete
+        checkpoint; anything else a fault.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _refuse_foreign_kernels()
+        if not words or words[0] in ("-h", "--help", "help"):
+            print(_usage())
+            return EXIT_OK if words else EXIT_USER_ERROR
+        if words[0] == "--version":
+            print(metadata.version("eva02-at"))
+            return EXIT_OK
+        command, rest = words[0], words[1:]
+        if command not in COMMANDS:
+            raise ValueError(f"unknown command {command!r}; one of: {', '.join(COMMANDS)}")
+        if command == "fit":
+            STOP.install()  # before the imports that take seconds
+        run: Callable[[list[str]], int] = importlib.import_module(COMMANDS[command][0]).main
+        return run([command, *rest] if command in _TRAINER_VERBS else rest)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has left, as `| head` does
+        return EXIT_OK
+    except Exception as error:
+        if not _is_users_mistake(error) or os.environ.get("EVA02_AT_TRACEBACK"):
+            traceback.print_exc()
+        if not _is_users_mistake(error):
+            return 1
+        print(f"eva02-at: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

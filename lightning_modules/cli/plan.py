@@ -1,0 +1,174 @@
+"""`eva02-at plan`: memory, time and cost of a recipe on a cluster, before anybody queues it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import torch
+
+from lightning_modules.cli.output import write_atomically
+from lightning_modules.cli.planning import (
+    GIB,
+    ClusterConfig,
+    ModelCosts,
+    Option,
+    model_costs,
+    plan_option,
+)
+from lightning_modules.cli.train import RecipeCLI, build_cli
+
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+# the recipe is only read: nothing of this machine may matter
+_HERE = [
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.num_nodes=1",
+    "--trainer.strategy=auto",
+    "--trainer.logger=false",
+]
+
+
+def _parser() -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(prog="eva02-at plan", description=__doc__)
+    parser.add_argument("--config", action="append", required=True, help="recipe; may be repeated")
+    parser.add_argument("--cluster", type=ClusterConfig, default=ClusterConfig())
+    parser.add_argument("--clips", type=int | None, help="clips an epoch; else the manifests' own")
+    parser.add_argument("--epochs", type=int | None, help="instead of the recipe's max_epochs")
+    parser.add_argument("--json", type=str | None, help="write the plan to this file as well")
+    return parser
+
+
+def _steps(cli: RecipeCLI, clips: int | None, epochs: int | None) -> int:
+    batch = cli.datamodule.global_batch_size
+    if clips is not None:
+        per_epoch = clips // batch
+    else:
+        missing = [p for p in cli.datamodule.train_manifests if not Path(p).exists()]
+        if missing:
+            raise ValueError(
+                f"{missing[0]} does not exist, so the length of an epoch is not known; "
+                "give it with --clips"
+            )
+        per_epoch = cli.datamodule.batches_per_epoch
+    return per_epoch * (epochs or cli.trainer.max_epochs or 1)
+
+
+def make_plan(
+    cli: RecipeCLI, cluster: ClusterConfig, clips: int | None, epochs: int | None
+) -> dict[str, Any]:
+    """Compute the plan of a parsed recipe.
+
+    Raises:
+        ValueError: The global batch does not divide over the GPUs, or the epoch's length is
+            unknown.
+    """
+    batch = cli.datamodule.global_batch_size
+    if batch % cluster.ranks:
+        raise ValueError(
+            f"the recipe's global batch of {batch} does not divide over {cluster.ranks} GPUs; "
+            "change data.global_batch_size, or the nodes and GPUs of the cluster"
+        )
+    config = cli.model.model.config
+    costs = model_costs(config)
+    vision = config.vision
+    pixels = 3 * vision.num_frames * vision.image_size**2
+    steps = _steps(cli, clips, epochs)
+    rows = []
+    for strategy in STRATEGIES:
+        for checkpointing in (False, True):
+            option = plan_option(
+                costs,
+                cluster,
+                strategy=strategy,
+                checkpointing=checkpointing,
+                batch=batch // cluster.ranks,
+                pair_input_bytes=pixels + 8 * config.text.context_length,
+            )
+            hours = steps * option.step_s / 3600
+            gpu_hours = hours * cluster.ranks
+            cost = gpu_hours * cluster.price_per_gpu_hour
+            row = {**asdict(option), "hours": hours, "gpu_hours": gpu_hours, "cost": cost}
+            rows.append({**row, "limited_by": _limit(option)})
+    summary = {"steps": steps, "ranks": cluster.ranks, "batch_per_rank": batch // cluster.ranks}
+    return {"cluster": asdict(cluster), "model": asdict(costs), **summary, "options": rows}
+
+
+def _limit(option: Option) -> str:
+    if option.data_s >= option.step_s:
+        return "decoding"
+    return "network" if option.communication_s > option.compute_s * 2 / 3 else "GPUs"
+
+
+def describe(plan: dict[str, Any]) -> str:
+    """Lay a plan out as text."""
+    costs = ModelCosts(**plan["model"])
+    cluster = ClusterConfig(**plan["cluster"])
+    lines = [
+        f"{costs.parameters / 1e6:.1f} M parameters, {costs.flops / 1e9:.0f} GFLOPs forward a pair",
+        f"{plan['ranks']} x {cluster.gpu} ({cluster.gpu_memory_gib:g} GiB), "
+        f"{plan['batch_per_rank']} pairs each, {plan['steps']} steps",
+        "",
+        "strategy  recompute   state  activ.   total GiB  fits         step s  limit     "
+        " hours  GPU-hours    cost",
+    ]
+    for row in plan["options"]:
+        micro = row["micro_batch"]
+        fits = "yes" if row["fits"] else f"micro {micro}" if micro else "no"
+        figures = [row[key] / GIB for key in ("state_bytes", "activation_bytes", "total_bytes")]
+        lines.append(
+            f"{row['strategy']:<9} {'yes' if row['checkpointing'] else 'no':<9} "
+            f"{figures[0]:7.1f} {figures[1]:7.1f} {figures[2]:11.1f}  {fits:<11} "
+            f"{row['step_s']:7.2f}  {row['limited_by']:<9}{row['hours']:6.1f} "
+            f"{row['gpu_hours']:10.0f} {row['cost']:7.0f}"
+        )
+    lines += ["", f"fits: {_advice(plan)}"]
+    return "\n".join(lines)
+
+
+def _advice(plan: dict[str, Any]) -> str:
+    usable = [row for row in plan["options"] if row["fits"] or row["micro_batch"]]
+    if not usable:
+        return "nothing; more GPUs, configs/strategy/zero3_offload.yaml, or a smaller model"
+    best = min(usable, key=lambda r: (r["step_s"], bool(r["micro_batch"]), r["checkpointing"]))
+    words = [f"configs/strategy/{best['strategy']}.yaml"]
+    words.append(f"model.model.activation_checkpointing={str(best['checkpointing']).lower()}")
+    if best["micro_batch"]:
+        words.append(f"model.micro_batch={best['micro_batch']}")
+    return "fastest with " + ", ".join(words)
+
+
+def main(argv: list[str]) -> int:
+    """Plan a recipe.
+
+    Args:
+        argv: Options of the command; further `--key=value` words change the recipe.
+
+    Returns:
+        The exit code: 0, also where nothing fits (the table says so).
+    """
+    parser = _parser()
+    known = [word for word in argv if not _is_recipe_word(word)]
+    try:
+        given = parser.parse_args(known)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # what it would run on is not the point
+    configs = [word for path in given.config for word in ("--config", path)]
+    with torch.device("meta"):
+        cli = build_cli([*configs, *(w for w in argv if _is_recipe_word(w)), *_HERE])
+    cluster = parser.instantiate_classes(given).cluster
+    plan = make_plan(cli, cluster, given.clips, given.epochs)
+    print(describe(plan))
+    if given.json:
+        write_atomically(Path(given.json), json.dumps(plan, indent=2) + "\n")
+    return 0
+
+
+def _is_recipe_word(word: str) -> bool:
+    return word.startswith(("--model.", "--data.", "--data_dir=", "--trainer."))

@@ -1,0 +1,1 @@
+"""Use of trained models: read any checkpoint, convert, embed videos, search them."""

@@ -1,0 +1,165 @@
+"""The answers of a search as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lightning_modules.inference.search_index import Hit
+from lightning_modules.inference.videos import Unreadable, Window, in_children, read_frames
+
+_FRAMES, _HEIGHT = 3, 120
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #d8dce2; --soft: #5b6470; --card: #fff; --page: #f4f5f7;
+  --ink: #1c2128; --mark: #2f6fde; }
+@media (prefers-color-scheme: dark) { :root { --line: #333a44; --soft: #9aa4b2; --card: #1d222a;
+  --page: #14181e; --ink: #e6e9ee; --mark: #6ea1ff; } }
+* { box-sizing: border-box; }
+body { margin: 0; padding: 28px 32px 48px; background: var(--page); color: var(--ink);
+  font: 15px/1.45 system-ui, sans-serif; }
+main { max-width: 1240px; margin: 0 auto; }
+h1 { font-size: 15px; font-weight: 500; color: var(--soft); margin: 0 0 4px; }
+h2 { font-size: 24px; font-weight: 650; margin: 20px 0 14px; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(380px, 100%), 1fr));
+  gap: 16px; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  overflow: hidden; }
+.strip { display: grid; grid-template-columns: repeat(3, 1fr); gap: 2px; background: var(--line); }
+.strip figure { margin: 0; position: relative; aspect-ratio: 4 / 3; background: #000; }
+.strip img { width: 100%; height: 100%; object-fit: contain; display: block; }
+.strip figcaption { position: absolute; right: 4px; bottom: 4px; padding: 0 5px; border-radius: 4px;
+  background: rgb(0 0 0 / 65%); color: #fff; font-size: 11px; font-variant-numeric: tabular-nums; }
+.lost { padding: 24px; color: var(--soft); }
+.text { padding: 10px 14px 12px; }
+.name { font-weight: 600; color: inherit; text-decoration: none; overflow-wrap: anywhere; }
+.name:hover { color: var(--mark); text-decoration: underline; }
+.facts { display: flex; align-items: center; gap: 10px; color: var(--soft); font-size: 13px;
+  font-variant-numeric: tabular-nums; }
+.rank { color: var(--mark); font-weight: 650; }
+.bar { flex: 1; height: 5px; border-radius: 3px; background: var(--line); }
+.bar i { display: block; height: 100%; border-radius: 3px; background: var(--mark); }
+footer { margin-top: 28px; color: var(--soft); font-size: 13px; }
+details { margin-top: 6px; }
+"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A query and its hits, best first."""
+
+    query: str
+    hits: Sequence[Hit]
+
+
+def clock(seconds: float) -> str:
+    """73.25 -> 1:13.3; 3673 -> 1:01:13.0."""
+    tenths = round(10 * seconds)
+    minutes, rest = divmod(tenths, 600)
+    hours, minutes = divmod(minutes, 60)
+    start = f"{hours}:{minutes:02}" if hours else f"{minutes}"
+    return f"{start}:{rest // 10:02}.{rest % 10}"
+
+
+def search_page(
+    answers: Sequence[Answer], folder: Path, facts: str, problems: Sequence[str], num_workers: int
+) -> str:
+    """Render answers with three frames of each hit.
+
+    Args:
+        answers: Queries and hits.
+        folder: Names are shown relative to it.
+        facts: A line about the index.
+        problems: What could not be read.
+        num_workers: Decoding processes.
+    """
+    windows = list(dict.fromkeys(hit.window for answer in answers for hit in answer.hits))
+    strips = _strips(windows, num_workers)
+    body = "".join(_section(answer, folder, strips) for answer in answers)
+    lost = ""
+    if problems:
+        items = "".join(f"<li>{html.escape(problem)}</li>" for problem in problems)
+        lost = f"<details><summary>{len(problems)} unreadable</summary><ul>{items}</ul></details>"
+    title = html.escape("; ".join(answer.query for answer in answers))
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{_STYLE}</style></head><body><main>"
+        f"<h1>Search in {html.escape(str(folder))}</h1>{body}"
+        f"<footer>{html.escape(facts)}{lost}</footer></main></body></html>\n"
+    )
+
+
+def _section(answer: Answer, folder: Path, strips: dict[Window, list[str] | str]) -> str:
+    scores = [hit.score for hit in answer.hits]
+    low, high = min(scores, default=0.0), max(scores, default=0.0)
+    cards = [
+        # the bar compares hits of one query: a cosine has no scale of its own
+        _card(rank, hit, folder, strips[hit.window], 0.15 + 0.85 * _share(hit.score, low, high))
+        for rank, hit in enumerate(answer.hits, start=1)
+    ]
+    found = f'<div class="grid">{"".join(cards)}</div>' if cards else "<p>Nothing is indexed.</p>"
+    return f"<section><h2>“{html.escape(answer.query)}”</h2>{found}</section>"
+
+
+def _share(value: float, low: float, high: float) -> float:
+    return 1.0 if high == low else (value - low) / (high - low)
+
+
+def _card(rank: int, hit: Hit, folder: Path, strip: list[str] | str, share: float) -> str:
+    window = hit.window
+    if isinstance(strip, str):
+        pictures = f'<div class="lost">{html.escape(strip)}</div>'
+    else:
+        figures = [
+            f'<figure><img alt="" src="data:image/jpeg;base64,{data}">'
+            f"<figcaption>{clock(time_s)}</figcaption></figure>"
+            for data, time_s in zip(strip, _times(window), strict=True)
+        ]
+        pictures = f'<div class="strip">{"".join(figures)}</div>'
+    link = f"{window.video.resolve().as_uri()}#t={window.start_s:.2f},{window.end_s:.2f}"
+    name = html.escape(str(window.video.relative_to(folder)))
+    return (
+        f'<article class="card">{pictures}<div class="text">'
+        f'<a class="name" href="{html.escape(link)}">{name}</a>'
+        f'<div class="facts"><span class="rank">{rank}</span>'
+        f"<span>{clock(window.start_s)} – {clock(window.end_s)}</span>"
+        f'<span class="bar"><i style="width:{100 * share:.0f}%"></i></span>'
+        f"<span>{hit.score:.3f}</span></div></div></article>"
+    )
+
+
+def _times(window: Window) -> list[float]:
+    span = window.end_s - window.start_s
+    return [window.start_s + (k + 0.5) * span / _FRAMES for k in range(_FRAMES)]
+
+
+def _strips(windows: Sequence[Window], num_workers: int) -> dict[Window, list[str] | str]:
+    """JPEGs of each window in base64, or why there are none."""
+    share = -(-len(windows) // max(1, num_workers))
+    jobs = [list(windows[i : i + share]) for i in range(0, len(windows), share or 1)]
+    found: dict[Window, list[str] | str] = {}
+    for results in in_children(_jpegs, jobs, num_workers, lambda window: window.video):
+        for window, result in results:
+            found[window] = result.reason if isinstance(result, Unreadable) else result
+    return found
+
+
+def _jpegs(window: Window) -> list[str]:
+    return [_jpeg(frame) for frame in read_frames(window.video, _times(window))]
+
+
+def _jpeg(frame: np.ndarray) -> str:
+    image = Image.fromarray(frame)
+    # twice the height on the page, for fine screens; small videos are not enlarged
+    image.thumbnail((10_000, 2 * _HEIGHT))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    return base64.b64encode(buffer.getvalue()).decode()

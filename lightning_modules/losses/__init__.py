@@ -1,0 +1,21 @@
+"""Training losses over the global batch, as plain torch."""
+
+from lightning_modules.losses.contrastive import EgoNCELoss, InfoNCELoss
+from lightning_modules.losses.gather import gather_no_gradient, gather_with_gradient
+from lightning_modules.losses.margin import (
+    AdaptiveMaxMarginLoss,
+    HardLabelMultiSimilarityLoss,
+    MaxMarginLoss,
+    SymmetricMultiSimilarityLoss,
+)
+
+__all__ = [
+    "AdaptiveMaxMarginLoss",
+    "EgoNCELoss",
+    "HardLabelMultiSimilarityLoss",
+    "InfoNCELoss",
+    "MaxMarginLoss",
+    "SymmetricMultiSimilarityLoss",
+    "gather_no_gradient",
+    "gather_with_gradient",
+]

@@ -1,0 +1,184 @@
+"""The dual encoder: video tower, text tower and their shared, L2-normalised space."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_modules.models.config import DualEncoderConfig, resolve_config
+from lightning_modules.models.text import TextEncoder
+from lightning_modules.models.vision import VideoEncoder
+
+MAX_LOG_SCALE = math.log(100.0)  # CLIP's bound on the inverse temperature
+
+
+class _ClampInward(torch.autograd.Function):
+    """Clamp to [0, ln 100]; beyond a bound only gradients that lead back in pass.
+
+    CLIP clamps the parameter after each step. Under ZeRO the parameter is one rank's shard of a
+    float32 copy that the optimiser owns, out of reach of the module; the clamp in the forward pass
+    trains alike (the parameter oversteps a bound by one step at most) under every strategy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(0.0, MAX_LOG_SCALE)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        outward = ((x > MAX_LOG_SCALE) & (grad < 0)) | ((x < 0.0) & (grad > 0))
+        return grad.masked_fill(outward, 0.0)
+
+
+class DualEncoder(nn.Module):
+    """EVA02-AT, or a CLIP ViT baseline: clips and sentences into one space.
+
+    Attributes:
+        visual: The video tower.
+        text: The text tower.
+        logit_scale: (1,) log of the inverse temperature, starting at ln(1/0.07). Not 0-dim: ZeRO
+            cannot partition 0-dim parameters.
+    """
+
+    def __init__(self, config: DualEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = VideoEncoder(
+            config.vision,
+            config.embed_dim,
+            attention_backend=config.attention_backend,
+            activation_checkpointing=config.activation_checkpointing,
+        )
+        self.text = TextEncoder(
+            config.text,
+            config.embed_dim,
+            attention_backend=config.attention_backend,
+            activation_checkpointing=config.activation_checkpointing,
+        )
+        if config.compile_blocks:
+            self._compile_blocks()
+        self.logit_scale = nn.Parameter(torch.empty(1))
+        self._init_logit_scale()
+
+    def _compile_blocks(self) -> None:
+        """Compile every block in place: names and checkpoints stay as they are.
+
+        All blocks of a tower share one graph, and the last has another. With stochastic depth
+        each block's rate makes a graph of its own, more than PyTorch's default limit of 8.
+        """
+        blocks = [*self.visual.blocks, *self.text.blocks]
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, len(blocks) + 8)
+        for block in blocks:
+            block.compile()
+
+    def init_weights(self) -> None:
+        """Initialise every parameter anew."""
+        self.visual.init_weights()
+        self.text.init_weights()
+        self._init_logit_scale()
+
+    def _init_logit_scale(self) -> None:
+        nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
+
+    def encode_video(self, video: Tensor) -> Tensor:
+        """Embed clips.
+
+        Args:
+            video: (B, 3, T, H, W), normalised float or uint8 (normalised inside).
+
+        Returns:
+            (B, E), L2-normalised, at least float32.
+        """
+        return _normalize(self.visual(video))
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Embed sentences.
+
+        Args:
+            tokens: (B, L) int64.
+
+        Returns:
+            (B, E), L2-normalised, at least float32.
+        """
+        return _normalize(self.text(tokens))
+
+    def forward(self, video: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Embed pairs.
+
+        Returns:
+            Video embeddings (B, E), text embeddings (B, E), and the inverse temperature (1,),
+            clamped to [1, 100].
+        """
+        scale = _ClampInward.apply(self.logit_scale).exp()
+        return self.encode_video(video), self.encode_text(tokens), scale
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that no recipe decays: biases, norms, positions, temperature."""
+        positions = ("cls_token", "pos_embed", "temporal_embed", "positional_embedding")
+        return {
+            name
+            for name, parameter in self.named_parameters()
+            if parameter.dim() < 2 or name.rsplit(".", 1)[-1] in positions
+        }
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks of the deeper tower: `layer_id` runs from 0 to num_layers + 1."""
+        return max(len(self.visual.blocks), len(self.text.blocks))
+
+    def layer_id(self, name: str) -> int:
+        """Return the layer of a parameter for layer-wise learning-rate decay.
+
+        Args:
+            name: As in `named_parameters()`.
+
+        Returns:
+            num_layers + 1 for the final norms, projections and temperature; i for the i-th block
+            from the input, counted so that both towers end at num_layers; one below a tower's
+            first block for its embeddings. The rate of layer i is decay^(num_layers + 1 - i).
+
+        Raises:
+            ValueError: if the name is no parameter of this model.
+        """
+        match = re.fullmatch(r"(visual|text)\.(\w+)(?:\.(\d+))?.*", name)
+        if name == "logit_scale" or (match and match[2] in ("norm", "head")):
+            return self.num_layers + 1
+        if match is None:
+            raise ValueError(f"{name!r} is no parameter of this model")
+        depth = len(getattr(self, match[1]).blocks)
+        first = self.num_layers - depth
+        return first + 1 + int(match[3]) if match[2] == "blocks" else first
+
+
+def _normalize(features: Tensor) -> Tensor:
+    # In float32 at least: similarities of bf16 embeddings tie by the dozen.
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+
+
+def build_dual_encoder(preset: str | DualEncoderConfig, **overrides: Any) -> DualEncoder:
+    """Build a model with freshly initialised parameters.
+
+    Args:
+        preset: A name in `PRESETS`, or a config.
+        **overrides: embed_dim, num_frames, image_size, temporal, attention_backend,
+            activation_checkpointing, compile_blocks, patch_dropout, drop_path; None keeps the
+            preset's value.
+
+    Raises:
+        ValueError: for an unknown preset or override, or an impossible combination.
+    """
+    allowed = {name for name in resolve_config.__annotations__ if name not in ("preset", "return")}
+    unknown = sorted(set(overrides) - allowed)
+    if unknown:
+        raise ValueError(
+            f"unknown override {', '.join(unknown)}; one of: {', '.join(sorted(allowed))}"
+        )
+    return DualEncoder(resolve_config(preset, **overrides))

@@ -1,0 +1,191 @@
+"""The video tower: EVA-02 (or CLIP's ViT) with joint space-time attention.
+
+Shape legend: B clips, T frames, H x W pixels, p patch size, N patches a frame, D width,
+S = 1 + T*N tokens: one CLS, then the patches frame by frame, row by row.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.st_rope import StRopeTables, st_rope_tables
+from lightning_modules.models.config import CLIP_MEAN, CLIP_STD, VisionConfig
+from lightning_modules.models.interpolate import interpolate_temporal
+from lightning_modules.models.layers import BlockConfig, BlockStack, init_layers
+
+
+class PatchEmbed(nn.Module):
+    """Patches to tokens: a 1 x p x p convolution written as one matrix product.
+
+    uint8 pixels are normalised by CLIP's mean and standard deviation, folded into the weights:
+
+        W (u/255 - m) / s + b  =  W' u + b',   W' = W / (255 s),   b' = b - W' (255 m)
+
+    so that no float copy of the video is normalised pixel by pixel. bf16 holds 0..255 exactly.
+    """
+
+    def __init__(self, patch_size: int, width: int, *, bias: bool) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.weight = nn.Parameter(torch.empty(width, 3, patch_size, patch_size))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
+
+    def reset_parameters(self) -> None:
+        """Initialise as a Linear over the pixels of a patch."""
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """(B, 3, T, H, W) normalised float, or uint8 -> (B, T, N, D)."""
+        p = self.patch_size
+        pixels = video.unflatten(4, (-1, p)).unflatten(3, (-1, p))
+        patches = pixels.permute(0, 2, 3, 5, 1, 4, 6)  # (B, T, rows, columns, 3, p, p)
+        patches = patches.flatten(4).flatten(2, 3)  # uint8 is permuted before it grows to float
+        weight, bias = self._folded() if video.dtype == torch.uint8 else (self.weight, self.bias)
+        return F.linear(patches.to(self.weight.dtype), weight.flatten(1), bias)
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        """W' and b', formed in float32 at least.
+
+        b' is formed from the rounded W', so that the mean pixel cancels exactly in bf16 too.
+        """
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        mean, std = (
+            torch.tensor(values, dtype=dtype, device=self.weight.device)
+            for values in (CLIP_MEAN, CLIP_STD)
+        )
+        with torch.autocast(self.weight.device.type, enabled=False):
+            weight = (self.weight.to(dtype) / (255.0 * std[:, None, None])).to(self.weight.dtype)
+            bias = -(weight.to(dtype).sum((2, 3)) @ (255.0 * mean))
+        if self.bias is not None:
+            bias = bias + self.bias
+        return weight, bias.to(self.weight.dtype)
+
+
+class VideoEncoder(nn.Module):
+    """Clips to embeddings (not normalised).
+
+    z0 = patches + P_xy + P_t (eq. 7); CLS carries row 0 of the spatial positions and no time.
+    P_t starts at zero, so that at T = 1 the video model is the image model.
+    """
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        embed_dim: int,
+        *,
+        attention_backend: str = "auto",
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        eva = config.architecture == "eva02"
+        norm = partial(nn.LayerNorm, config.width, eps=config.norm_eps)
+        self.patch_embed = PatchEmbed(config.patch_size, config.width, bias=eva)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.num_patches, config.width))
+        self.temporal_embed = (
+            nn.Parameter(torch.empty(config.num_frames, config.width))
+            if config.has_temporal_embedding
+            else None
+        )
+        self.norm_pre = nn.Identity() if eva else norm()
+        block = BlockConfig(
+            width=config.width,
+            num_heads=config.num_heads,
+            mlp_hidden=config.mlp_hidden,
+            mlp="swiglu" if eva else config.activation,
+            norm_eps=config.norm_eps,
+            key_bias=not eva,
+            inner_norm=eva,
+            attention_backend=attention_backend,
+        )
+        self.blocks = BlockStack(
+            block, config.depth, drop_path=config.drop_path, checkpointing=activation_checkpointing
+        )
+        self.norm = norm()
+        self.head = nn.Linear(config.width, embed_dim, bias=eva)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initialise every parameter of the tower; the temporal positions start at zero."""
+        init_layers(self)
+        self.patch_embed.reset_parameters()
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.temporal_embed is not None:
+            nn.init.zeros_(self.temporal_embed)
+        nn.init.normal_(self.head.weight, std=self.config.width**-0.5)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """Encode clips.
+
+        Args:
+            video: (B, 3, T, H, W), normalised float or uint8 0..255. Any T: where it is not the
+                config's, the temporal embedding is resampled as a checkpoint's would be.
+
+        Returns:
+            (B, E) in the parameters' dtype.
+
+        Raises:
+            ValueError: if the video's shape does not fit the config.
+        """
+        self._check_video(video)
+        x = self.patch_embed(video) + self.pos_embed[:, None, 1:]  # (B, T, N, D)
+        if self.temporal_embed is not None:
+            x = x + interpolate_temporal(self.temporal_embed, x.shape[1])[:, None]
+        tables = self._rotation_tables(x)
+        x, tables = self._drop_patches(x, tables)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        x = self.norm_pre(torch.cat((cls, x.flatten(1, 2)), dim=1))
+        cls_index = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+        return self.head(self.norm(self.blocks(x, tables, cls_index)))
+
+    def _rotation_tables(self, x: Tensor) -> StRopeTables | None:
+        config = self.config
+        if config.rotation is None:
+            return None
+        num_frames = x.shape[1]
+        step = (config.reference_frames or num_frames) / num_frames
+        return st_rope_tables(
+            config.grid,
+            num_frames,
+            config.head_dim,
+            mode=config.rotation,
+            reference_grid=config.reference_grid,
+            temporal_positions=[t * step for t in range(num_frames)],
+            device=x.device,
+            dtype=x.dtype if x.dtype == torch.float64 else torch.float32,
+        )
+
+    def _drop_patches(
+        self, x: Tensor, tables: StRopeTables | None
+    ) -> tuple[Tensor, StRopeTables | None]:
+        """Keep a random subset of patches of each clip, in training only.
+
+        The same patches stay in all frames: neighbouring frames show nearly the same, so single
+        tokens would leak, and the rotation keeps its two small factors.
+        """
+        if not self.training or self.config.patch_dropout == 0.0:
+            return x, tables
+        num_clips, num_frames, num_patches, width = x.shape
+        num_kept = max(1, round(num_patches * (1.0 - self.config.patch_dropout)))
+        order = torch.rand(num_clips, num_patches, device=x.device).argsort(dim=1)
+        kept = order[:, :num_kept].sort(dim=1).values  # (B, K)
+        index = kept[:, None, :, None].expand(-1, num_frames, -1, width)
+        return x.gather(2, index), None if tables is None else tables.select(kept)
+
+    def _check_video(self, video: Tensor) -> None:
+        size = self.config.image_size
+        if video.dim() != 5 or video.shape[1] != 3 or tuple(video.shape[3:]) != (size, size):
+            raise ValueError(
+                f"video has shape {tuple(video.shape)}; this model takes "
+                f"(B, 3, T, {size}, {size}). Resize the frames, or set image_size."
+            )
+        if not (video.is_floating_point() or video.dtype == torch.uint8):
+            raise ValueError(f"video is {video.dtype}; pass uint8 pixels or normalised floats")

@@ -1,0 +1,27 @@
+"""Contrastive pretraining on narrated clips."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from datamodules.batch import ClipBatch
+from lightning_modules.base import DualEncoderModule
+from lightning_modules.losses import EgoNCELoss
+
+
+class PretrainModule(DualEncoderModule):
+    """Pretrain a dual encoder with InfoNCE (EVA02-AT, AVION, LaViLa) or EgoNCE (EgoVLP).
+
+    The arguments are `DualEncoderModule`'s.
+    """
+
+    def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
+        """Return the contrastive loss over the global batch."""
+        video, text, logit_scale = self(batch)
+        if isinstance(self.loss, EgoNCELoss):
+            loss = self.loss(
+                video, text, batch.verb_classes, batch.noun_classes, logit_scale=logit_scale
+            )
+        else:
+            loss = self.loss(video, text, logit_scale=logit_scale)
+        return self.log_loss(loss, logit_scale, len(batch))

@@ -1,0 +1,30 @@
+"""Multi-instance retrieval: fine-tuning with soft labels, and its evaluation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from datamodules.batch import ClipBatch
+from datamodules.relevance import relevance_matrix
+from lightning_modules.base import DualEncoderModule
+from lightning_modules.losses import gather_no_gradient
+
+
+class RetrievalModule(DualEncoderModule):
+    """Fine-tune a dual encoder for multi-instance retrieval with a relevance-aware loss.
+
+    The soft labels of the global batch are computed on the device from the class ids that each
+    sample carries, so that no process holds the training set's relevance matrix.
+    The arguments are `DualEncoderModule`'s; `loss` takes (video, text, relevance).
+    """
+
+    def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
+        """Return the retrieval loss over the global batch."""
+        video, text, logit_scale = self(batch)
+        relevance = relevance_matrix(  # (B_local, B_global): this rank's clips, everybody's texts
+            batch.verb_classes,
+            batch.noun_classes,
+            gather_no_gradient(batch.text_verb_classes),
+            gather_no_gradient(batch.text_noun_classes),
+        )
+        return self.log_loss(self.loss(video, text, relevance), logit_scale, len(batch))

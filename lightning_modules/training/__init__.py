@@ -1,0 +1,1 @@
+"""What a long run needs around a LightningModule: optimisers, checkpoints, signals and health."""

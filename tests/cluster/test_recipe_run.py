@@ -1,0 +1,82 @@
+"""`eva02-at fit` on real shards over two ranks: stopped by a signal, it goes on exactly."""
+
+import csv
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from lightning_modules.cli.train import build_cli
+
+
+def words(recipe, folder, strategy):
+    files = [str(recipe), f"configs/strategy/{strategy}.yaml"]
+    precision = "32-true" if strategy == "ddp" else "bf16-mixed"
+    configs = [word for file in files for word in ("--config", file)]
+    return [
+        "fit",
+        *configs,
+        f"--run_dir={folder}",
+        "--trainer.devices=2",
+        f"--trainer.precision={precision}",
+    ]
+
+
+def rows(folder):
+    with (folder / "logs" / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def losses(folder):
+    return [(r["step"], r["train/loss"]) for r in rows(folder) if "train/loss" in r]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "strategy",
+    ["zero2", *(pytest.param(s, marks=pytest.mark.slow) for s in ("ddp", "zero1", "zero3"))],
+)
+def test_a_recipe_that_is_stopped_goes_on_exactly(zygote, tmp_path, recipe, strategy):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = zygote.start(tmp_path / "whole.txt", world=2, argv=words(recipe, whole, strategy))
+    assert done.wait() == [0, 0], done.text()
+    assert len(losses(whole)) == 12
+
+    argv = words(recipe, parts, strategy)
+    started = zygote.start(tmp_path / "parts.txt", world=2, argv=argv)
+    deadline = time.monotonic() + 120
+    while not (parts / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(started.pids[1], signal.SIGTERM)
+    assert started.wait() == [85, 85], started.text()
+    stopped_at = len(losses(parts))
+    assert 0 < stopped_at < 12
+    done = zygote.start(tmp_path / "parts.txt", world=2, argv=argv)
+    assert done.wait() == [0, 0], done.text()
+    assert losses(parts) == losses(whole)
+    last = json.loads((parts / "checkpoints" / "step-00000012" / "manifest.json").read_text())
+    assert last["metrics"]["val/map_avg"] > 0
+    speeds = [row for row in rows(parts) if "speed/clips_per_s" in row]
+    assert len(speeds) == 12
+    assert all(float(row["speed/clips_per_s"]) > 0 for row in speeds)
+    assert all(0 <= float(row["speed/data_wait"]) <= 1 for row in speeds)
+    assert float(speeds[-1]["speed/lr"]) < float(speeds[5]["speed/lr"])  # the cosine falls
+
+
+@pytest.mark.parametrize(
+    ("given", "kinds"),
+    [
+        ([], ["AppendingCSVLogger", "TensorBoardLogger"]),
+        (["--trainer.logger=true"], ["AppendingCSVLogger", "TensorBoardLogger"]),
+        (
+            ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x"],
+            ["AppendingCSVLogger", "CSVLogger"],
+        ),
+        (["--trainer.logger=false"], []),
+    ],
+)
+def test_the_csv_is_always_written(recipe, tmp_path, given, kinds):
+    cli = build_cli(["--config", str(recipe), f"--run_dir={tmp_path}", *given])
+    assert [type(logger).__name__ for logger in cli.trainer.loggers] == kinds

@@ -1,0 +1,77 @@
+"""The Triton kernels, compiled for GPUs that are not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kernels.ahead_of_time import (
+    CAPABILITIES,
+    FORMS,
+    Compiled,
+    compile_rotation,
+    over_budget,
+)
+from kernels.pages import write_between
+
+GOOD = Compiled(90, "bf16", 64, True, 40, 0, 0, 6, 0)
+
+
+def test_every_kernel_compiles_within_budget_for_every_architecture() -> None:
+    """In a process of its own: Triton decides at import between interpreter and compiler."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "kernels.ahead_of_time", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = [Compiled(**row) for row in json.loads(done.stdout)]
+    assert len(rows) == len(CAPABILITIES) * len(FORMS)
+    assert {r.capability for r in rows} == {80, 90, 100, 120}
+    assert all(r.spill_bytes == 0 for r in rows)
+    assert all(r.narrow_accesses == 0 < r.wide_accesses for r in rows if r.head_dim == 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"spill_bytes": 8}, "spills 8 bytes"),
+        ({"registers": 65}, "65 registers"),
+        ({"shared_bytes": 1}, "1 bytes of shared memory"),
+        ({"narrow_accesses": 1}, "narrower than 128 bits"),
+        ({"wide_accesses": 0}, "narrower than 128 bits"),
+        ({"head_dim": 20, "registers": 129}, "129 registers"),
+    ],
+)
+def test_budgets_can_fail(change: dict, problem: str) -> None:
+    assert over_budget([GOOD]) == []
+    (message,) = over_budget([GOOD, replace(GOOD, **change)])
+    assert problem in message
+
+
+def test_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="unset it"):
+        compile_rotation(90, "fp32", 64, True)
+
+
+def test_table_is_written_between_the_markers(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "a\n<!-- begin: kernels.ahead_of_time -->\nold\n<!-- end: kernels.ahead_of_time -->\nb\n"
+    )
+    write_between(page, "kernels.ahead_of_time", "new")
+    assert page.read_text().splitlines() == [
+        "a",
+        "<!-- begin: kernels.ahead_of_time -->",
+        "new",
+        "<!-- end: kernels.ahead_of_time -->",
+        "b",
+    ]
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="has no lines"):
+        write_between(page, "kernels.ahead_of_time", "new")

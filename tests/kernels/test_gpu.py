@@ -1,0 +1,99 @@
+"""What only a GPU can show: the kernels themselves, at the models' sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.attention import BACKENDS, available_backends, st_rope_attention_packed
+from kernels.rotation import rotate_packed_
+from kernels.st_rope import rotate_reference, st_rope_tables
+from lightning_modules.models.layers import Block, BlockConfig, init_layers
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(),
+        reason="needs a CUDA device; without one the kernels run in Triton's interpreter "
+        "(test_rotation.py) and are compiled ahead of time (test_ahead_of_time.py)",
+    ),
+]
+HEADS, DIM = 12, 64
+
+
+def inputs(dtype: torch.dtype, frames: int = 4, batch: int = 2):
+    tables = st_rope_tables((14, 14), frames, DIM, device="cuda", dtype=torch.float32)
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = (batch, 1 + 196 * frames, 3 * HEADS * DIM)
+    return tables, torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fused_rotation(dtype: torch.dtype) -> None:
+    tables, packed = inputs(dtype, frames=16)
+    qkv = packed.unflatten(-1, (3, HEADS, DIM))
+    expected = torch.stack([rotate_reference(x, tables) for x in qkv.unbind(2)[:2]], dim=2)
+    v = qkv[:, :, 2].clone()
+    rotate_packed_(qkv, *tables.factors(dtype), True)
+    # one rounding of the result
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    torch.testing.assert_close(qkv[:, :, :2], expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(qkv[:, :, 2], v)
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    """Offsets of a large batch: the L model at 16 frames passes 2^31 at batch 223."""
+    tables, _ = inputs(torch.bfloat16, frames=16, batch=1)
+    needed = 300 * 3137 * 3 * HEADS * DIM * 2
+    if torch.cuda.mem_get_info()[0] < 1.2 * needed:
+        pytest.skip(f"needs {1.2 * needed / 2**30:.0f} GiB of free GPU memory")
+    qkv = torch.ones(300, 3137, 3, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
+    rotate_packed_(qkv, *tables.factors(torch.bfloat16), True)
+    assert torch.equal(qkv[0], qkv[-1]) and not torch.equal(qkv[0, 1, 0], qkv[0, 1, 2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_and_gradients(backend: str, dtype: torch.dtype) -> None:
+    status = available_backends("cuda", dtype, DIM)[backend]
+    if not status.available:
+        pytest.skip(status.reason)
+    tables, packed = inputs(dtype)
+    results = []
+    for name, x in ((backend, packed), ("reference", packed.double())):
+        leaf = x.clone().requires_grad_()
+        out = st_rope_attention_packed(leaf * 1, HEADS, tables, backend=name)
+        out.sum().backward()
+        results.append((out.double(), leaf.grad.double()))
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+
+
+def test_deterministic_mode_repeats_every_bit() -> None:
+    tables, packed = inputs(torch.bfloat16)
+    torch.use_deterministic_algorithms(True)
+    try:
+        gradients = []
+        for _ in range(3):
+            leaf = packed.clone().requires_grad_()
+            st_rope_attention_packed(leaf * 1, HEADS, tables).square().sum().backward()
+            gradients.append(leaf.grad)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(gradients[0], g) for g in gradients[1:])
+
+
+def test_compiled_block_under_autocast() -> None:
+    tables, _ = inputs(torch.float32)
+    config = BlockConfig(HEADS * DIM, HEADS, 2048, "swiglu", 1e-6, key_bias=False, inner_norm=True)
+    block = Block(config).cuda()
+    init_layers(block)
+    x = torch.randn(2, 785, HEADS * DIM, device="cuda")
+    results = []
+    for function in (block, torch.compile(block, fullgraph=True)):
+        with torch.autocast("cuda", torch.bfloat16):
+            out = function(x, tables)
+        block.zero_grad()
+        out.float().square().mean().backward()
+        results.append((out, block.attn.qkv.weight.grad.clone()))
+    torch.testing.assert_close(*results, rtol=3e-2, atol=3e-2)

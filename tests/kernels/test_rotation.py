@@ -1,0 +1,205 @@
+"""Each form of the rotation against the equation: values, gradients, memory, stray reads.
+
+`fused` runs in Triton's interpreter where there is no GPU (tests/conftest.py), else on the GPU.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.rotation import pack_unrotated, rotate, rotate_packed_, split_rotated
+from kernels.st_rope import StRopeTables, apply_st_rope, rotate_reference, st_rope_tables
+from lightning_modules.cli.bench.timing import peak_tensor_bytes
+
+# grid, frames, heads, head dim: odd everything, head dims that are no power of two
+SHAPES = [((2, 3), 3, 3, 20), ((1, 1), 1, 1, 4), ((3, 3), 2, 4, 64), ((5, 1), 5, 2, 12)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# one rounding of the result: 8, 11 and 24 bits; the interpreter rounds bf16 up to one ulp apart
+TOLERANCE = {
+    torch.float64: 1e-14,
+    torch.float32: 1e-6,
+    torch.bfloat16: 2**-7,
+    torch.float16: 2**-10,
+}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FUSED = [False, True]
+
+
+def inputs(shape: tuple, dtype: torch.dtype, batch: int = 2) -> tuple[StRopeTables, torch.Tensor]:
+    """Tables and a packed (B, S, 3, H, D)."""
+    grid, frames, heads, head_dim = shape
+    tables = st_rope_tables(grid, frames, head_dim, device=DEVICE)
+    generator = torch.Generator().manual_seed(0)
+    tokens = 1 + frames * grid[0] * grid[1]
+    packed = torch.randn(batch, tokens, 3, heads, head_dim, generator=generator)
+    return tables, packed.to(DEVICE, dtype)
+
+
+def assert_near(got: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = TOLERANCE[expected.dtype]
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients(shape: tuple, dtype: torch.dtype, fused: bool) -> None:
+    tables, packed = inputs(shape, dtype)
+    factors = tables.factors(dtype)
+    q, k, v = packed.unbind(2)
+    leaf = packed.flatten(2).clone().requires_grad_()
+    parts = split_rotated(leaf * 1, 3, q.shape[2], *factors, fused=fused)
+    expected = (rotate_reference(q, tables), rotate_reference(k, tables), v)
+    for got, want in zip(parts, expected, strict=True):
+        assert_near(got, want)
+    for got, want in zip(rotate(q, k, *factors, False, fused), expected, strict=False):
+        assert_near(got, want)
+
+    slow = packed.double().clone().requires_grad_()
+    q, k, v = slow.unbind(2)
+    weights = torch.randn(3, *q.shape, dtype=torch.float64).to(DEVICE, dtype)
+    torch.autograd.backward(
+        (rotate_reference(q, tables), rotate_reference(k, tables), v), list(weights.double())
+    )
+    torch.autograd.backward(parts, list(weights))
+    assert_near(leaf.grad, slow.grad.to(dtype).flatten(2))
+
+
+@pytest.mark.parametrize("fused", FUSED)
+def test_keys_alone(fused: bool) -> None:
+    """The last block packs k and v only."""
+    tables, packed = inputs(SHAPES[0], torch.float32)
+    factors = tables.factors(torch.float32)
+    leaf = packed[:, :, 1:].flatten(2).clone().requires_grad_()
+    k, v = split_rotated(leaf * 1, 2, 3, *factors, fused=fused)
+    assert_near(k, rotate_reference(packed[:, :, 1], tables))
+    assert torch.equal(v, packed[:, :, 2])
+    (k * 2 + v).sum().backward()
+    ones = torch.ones_like(packed[:, :, 1]).requires_grad_()
+    (rotate_reference(ones, tables) * 2).sum().backward()
+    grads = leaf.grad.view(*leaf.shape[:2], 2, 3, -1)
+    assert_near(grads[:, :, 0], ones.grad)
+    assert torch.equal(grads[:, :, 1], torch.ones_like(ones))
+
+
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_clip_with_patches_of_its_own(dtype: torch.dtype, fused: bool) -> None:
+    whole = st_rope_tables((3, 3), 2, 8, device=DEVICE)
+    kept = torch.tensor([[0, 3, 4, 8], [1, 2, 5, 7]], device=DEVICE)
+    tables = whole.select(kept)
+    x = torch.randn(2, 1 + 2 * 9, 3, 8, device=DEVICE).to(dtype)
+    rotated = rotate_reference(x, whole)
+
+    def drop(y: torch.Tensor, clip: int) -> torch.Tensor:
+        patches = y[clip, 1:].unflatten(0, (2, 9))[:, kept[clip]].flatten(0, 1)
+        return torch.cat((y[clip, :1], patches))
+
+    dropped, expected = (torch.stack([drop(y, clip) for clip in (0, 1)]) for y in (x, rotated))
+    got, _ = rotate(dropped, dropped, *tables.factors(dtype), False, fused)
+    assert_near(got, expected)
+
+
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_outside_the_tensor_is_touched(dtype: torch.dtype, fused: bool) -> None:
+    """NaN guard bands around the tokens, the heads and the channels."""
+    tables, packed = inputs(SHAPES[0], dtype)
+    factors = tables.factors(dtype)
+    batch, tokens, _, heads, dim = packed.shape
+    guarded = torch.full((batch + 2, tokens + 2, 5, heads + 2, dim + 4), torch.nan, dtype=dtype)
+    guarded = guarded.to(DEVICE)
+    inner = guarded[1:-1, 1:-1, 1:-1, 1:-1, 2:-2]
+    inner.copy_(packed)
+    rotate_packed_(inner, *factors, fused)
+    expected = torch.stack([rotate_reference(x, tables) for x in packed.unbind(2)[:2]], dim=2)
+    assert_near(inner[:, :, :2], expected)
+    assert torch.equal(inner[:, :, 2], packed[:, :, 2])
+    inner.fill_(torch.nan)
+    assert guarded.isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # 0 * inf, discarded for the CLS
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cls_passes_through_bit_for_bit(dtype: torch.dtype, fused: bool) -> None:
+    tables, packed = inputs(SHAPES[2], dtype)
+    packed[:, 0] = torch.tensor([torch.inf, -torch.inf, 1e-30, -0.0] * 16).to(DEVICE, dtype)
+    before = packed[:, 0].clone()
+    rotate_packed_(packed, *tables.factors(dtype), fused)
+    assert torch.equal(packed[:, 0], before)
+
+
+def test_the_inverse_undoes_it_and_angles_add() -> None:
+    tables, packed = inputs(SHAPES[2], torch.float64)
+    q, k, _ = packed.unbind(2)
+    there = rotate(q, k, *tables.factors(q.dtype), False, False)
+    back = rotate(*there, *tables.factors(q.dtype), True, False)
+    torch.testing.assert_close(back, (q, k), rtol=0, atol=1e-14)
+    space = st_rope_tables((3, 3), 2, 64, mode="none", device=DEVICE)
+    time = StRopeTables(torch.zeros_like(tables.spatial), tables.temporal)
+    time.spatial[..., 0] = 1.0
+    twice = rotate_reference(rotate_reference(q, space), time)
+    torch.testing.assert_close(there[0], twice, rtol=0, atol=1e-14)
+
+
+def test_any_strides() -> None:
+    tables, packed = inputs(SHAPES[0], torch.float32)
+    q = packed[:, :, 0].transpose(1, 2).contiguous().transpose(1, 2)  # heads in front
+    k = packed[:, :, 1].permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)  # channels in front
+    for got, x in zip(apply_st_rope(q, k, tables), (q, k), strict=True):
+        assert_near(got, rotate_reference(x, tables))
+    odd = torch.randn(packed.numel() + 1, device=DEVICE)[1:].view(packed.shape)  # odd offset
+    expected = rotate_reference(odd[:, :, 1], tables)
+    assert_near(apply_st_rope(odd[:, :, 1], odd[:, :, 1], tables)[0], expected)
+    rotate_packed_(odd, *tables.factors(torch.float32), False)
+    assert_near(odd[:, :, 1], expected)
+
+
+def test_inputs_of_apply_are_untouched() -> None:
+    tables, packed = inputs(SHAPES[0], torch.float32)
+    before = packed.clone()
+    apply_st_rope(packed[:, :, 0], packed[:, :, 1], tables)
+    assert torch.equal(packed, before)
+
+
+@pytest.mark.parametrize("fused", FUSED)
+def test_operators_are_registered_correctly(fused: bool) -> None:
+    tables, packed = inputs(SHAPES[0], torch.float32)
+    factors = tables.factors(torch.float32)
+    q, k, v = packed.unbind(2)
+    leaves = (q.clone().requires_grad_(), k.clone().requires_grad_())
+    for operator, arguments in (
+        (rotate, (*leaves, *factors, False, fused)),
+        (rotate_packed_, (packed, *factors, fused)),
+        (pack_unrotated, ([q, k, v], *factors, fused)),
+    ):
+        torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_memory_is_that_of_no_rotation(dtype: torch.dtype) -> None:
+    from kernels.attention import st_rope_attention_packed
+
+    tables = st_rope_tables((10, 10), 4, 64, device=DEVICE, dtype=torch.float32)
+    packed = torch.randn(1, 401, 3 * 4 * 64, device=DEVICE).to(dtype)
+
+    def peak(used: StRopeTables | None) -> int:
+        leaf = packed.clone().requires_grad_()
+
+        def case() -> None:
+            leaf.grad = None
+            st_rope_attention_packed(leaf * 1, 4, used).sum().backward()
+
+        case()
+        return peak_tensor_bytes(case)
+
+    assert peak(tables) == peak(None)
+
+
+def test_tokens_of_another_clip_are_refused() -> None:
+    tables = st_rope_tables((2, 3), 3, 20)
+    q = torch.randn(1, 18, 2, 20)
+    with pytest.raises(ValueError, match=r"18 tokens of head dim 20.*1 \+ 3\*6 tokens"):
+        apply_st_rope(q, q, tables)

@@ -1,0 +1,123 @@
+"""Losses over real gloo processes under DDP: value and gradients equal those of one process."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gloo_ranks import run_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_modules.losses import (
+    AdaptiveMaxMarginLoss,
+    EgoNCELoss,
+    InfoNCELoss,
+    MaxMarginLoss,
+    SymmetricMultiSimilarityLoss,
+    gather_no_gradient,
+    gather_with_gradient,
+)
+
+LOSSES = {
+    "info_nce": InfoNCELoss(0.05),
+    "info_nce_scale": InfoNCELoss(None),
+    "ego_nce": EgoNCELoss(),
+    "max_margin": MaxMarginLoss(),
+    "adaptive": AdaptiveMaxMarginLoss(),
+    "sms": SymmetricMultiSimilarityLoss(),
+    "sms_rows": SymmetricMultiSimilarityLoss(),
+}
+
+
+class Encoder(nn.Module):
+    """A linear tower a modality and a log scale, in fp64, so that any difference is a fault."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.video, self.text = nn.Linear(4, 6).double(), nn.Linear(3, 6).double()
+        self.logit_scale = nn.Parameter(torch.tensor([2.5]))
+
+    def forward(self, clips, tokens):
+        video, text = self.video(clips), self.text(tokens)
+        return F.normalize(video, dim=1), F.normalize(text, dim=1), self.logit_scale.exp()
+
+
+def global_batch(size: int):
+    draw = torch.Generator().manual_seed(5)
+    clips, tokens = (
+        torch.randn(size, width, generator=draw, dtype=torch.float64) for width in (4, 3)
+    )
+    verbs = torch.randint(-1, 3, (size, 2), generator=draw)
+    nouns = torch.randint(-1, 4, (size, 3), generator=draw)
+    relevance = torch.rand(size, size, generator=draw, dtype=torch.float64)
+    return clips, tokens, verbs, nouns, relevance
+
+
+def step(name: str, model: nn.Module, rows: slice, size: int):
+    """One forward and backward of a rank's rows; returns the loss and all parameter gradients."""
+    clips, tokens, verbs, nouns, relevance = global_batch(size)
+    video, text, scale = model(clips[rows], tokens[rows])
+    if name == "ego_nce":
+        # the second rank's noun rows are narrower, as padding to its own widest row leaves them
+        width = 3 if rows.start == 0 else 2
+        nouns = torch.cat([nouns[:4], nouns[4:].clone()])
+        nouns[4:, 2] = -1
+        loss = LOSSES[name](video, text, verbs[rows], nouns[rows, :width])
+    elif name.startswith("info"):
+        loss = LOSSES[name](video, text, logit_scale=scale)
+    else:
+        loss = LOSSES[name](video, text, relevance[rows] if name == "sms_rows" else relevance)
+    (loss + 0 * scale.sum()).backward()
+    return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def all_losses_of_a_rank(rank: int, sizes: list[int]):
+    start = sum(sizes[:rank])
+    rows = slice(start, start + sizes[rank])
+    return {
+        name: step(name, DistributedDataParallel(Encoder()), rows, sum(sizes)) for name in LOSSES
+    }
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("sizes", [[4, 3], [4, 0, 1]])
+def test_ranks_equal_one_process(sizes):
+    ranks = run_ranks(len(sizes), all_losses_of_a_rank, sizes)
+    total = sum(sizes)
+    for name in LOSSES:
+        loss, gradients = step(name, Encoder(), slice(0, total), total)
+        assert gradients[1].abs().max() > 1e-3, name  # of the video tower
+        for rank_result in ranks:
+            rank_loss, rank_gradients = rank_result[name]
+            # fp64 throughout, the fp32 log scale apart: rounding of sums in another order
+            torch.testing.assert_close(rank_loss, loss, rtol=1e-12, atol=0)
+            for mine, reference in zip(rank_gradients, gradients, strict=True):
+                tolerance = 1e-6 if reference.dtype == torch.float32 else 1e-12
+                torch.testing.assert_close(mine, reference, rtol=tolerance, atol=1e-13)
+
+
+def gathered_on_a_rank(rank: int):
+    sizes = [2, 0, 3]
+    rows = torch.full((sizes[rank], 2), float(rank + 1), requires_grad=True)
+    gathered = gather_with_gradient(rows)
+    # every rank weighs row b of the global batch by (b + 1) * (rank + 1)
+    weights = torch.arange(1.0, 6)[:, None] * (rank + 1)
+    (gathered * weights).sum().backward()
+    ids = torch.full((sizes[rank], rank + 1), rank, dtype=torch.int64)
+    return gathered.detach(), rows.grad, gather_no_gradient(ids)
+
+
+@pytest.mark.distributed
+def test_gathering_uneven_rows_keeps_order_and_sums_gradients():
+    results = run_ranks(3, gathered_on_a_rank)
+    for gathered, _, ids in results:
+        assert gathered[:, 0].tolist() == [1, 1, 3, 3, 3]
+        assert ids.tolist() == [[0, -1, -1], [0, -1, -1], [2, 2, 2], [2, 2, 2], [2, 2, 2]]
+    # 1 + 2 + 3 = 6 ranks' weights on each row
+    assert [grad[:, 0].tolist() for _, grad, _ in results] == [[6, 12], [], [18, 24, 30]]
+
+
+def test_one_process_gathers_nothing():
+    rows = torch.ones(2, 3)
+    assert gather_with_gradient(rows) is rows
+    assert gather_no_gradient(rows) is rows

@@ -1,0 +1,198 @@
+"""Each loss against the slow loop of its equation: values and gradients, odd sizes and blocks."""
+
+import pair_loops
+import pytest
+import torch
+import torch.nn.functional as F
+
+from datamodules.batch import pad_class_ids
+from datamodules.relevance import relevance_matrix
+from lightning_modules.losses import (
+    AdaptiveMaxMarginLoss,
+    EgoNCELoss,
+    HardLabelMultiSimilarityLoss,
+    InfoNCELoss,
+    MaxMarginLoss,
+    SymmetricMultiSimilarityLoss,
+    blockwise,
+)
+
+
+def pairs(batch: int, dim: int = 5, seed: int = 0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    video, text = (
+        F.normalize(torch.randn(batch, dim, generator=generator, dtype=dtype), dim=1)
+        for _ in range(2)
+    )
+    # similar partners, so that no hinge is active or inactive everywhere
+    return video.requires_grad_(), F.normalize(text + 0.5 * video.detach(), dim=1).requires_grad_()
+
+
+def soft_relevance(batch: int, seed: int = 1) -> torch.Tensor:
+    """Asymmetric, with values below, inside and above the band, not 1 on the diagonal."""
+    values = torch.tensor([0.0, 1 / 6, 0.25, 0.5, 0.55, 2 / 3, 0.75, 1.0], dtype=torch.float64)
+    draw = torch.Generator().manual_seed(seed)
+    return values[torch.randint(len(values), (batch, batch), generator=draw)]
+
+
+def class_sets(batch: int, seed: int = 2):
+    draw = torch.Generator().manual_seed(seed)
+    verbs = [set(torch.randint(4, (1 + i % 2,), generator=draw).tolist()) for i in range(batch)]
+    nouns = [set(torch.randint(6, (i % 4,), generator=draw).tolist()) for i in range(batch)]
+    return verbs, nouns
+
+
+def assert_same(fast, slow, inputs, rtol=1e-12):
+    """Same value and same gradients; fp64, so the tolerance is rounding of a few thousand terms."""
+    torch.testing.assert_close(fast, slow, rtol=rtol, atol=1e-14)
+    fast_gradients = torch.autograd.grad(fast, inputs, retain_graph=True)
+    for mine, reference in zip(fast_gradients, torch.autograd.grad(slow, inputs), strict=True):
+        assert reference.abs().max() > 1e-4
+        torch.testing.assert_close(mine, reference, rtol=rtol, atol=1e-14)
+
+
+MARGIN_CASES = [
+    (MaxMarginLoss(), pair_loops.max_margin, {}),
+    (MaxMarginLoss(margin=0.5), pair_loops.max_margin, {"margin": 0.5}),
+    (AdaptiveMaxMarginLoss(), pair_loops.adaptive_max_margin, {}),
+    (SymmetricMultiSimilarityLoss(), pair_loops.sms, {}),
+    (SymmetricMultiSimilarityLoss(relaxation=0.0), pair_loops.sms, {"relaxation": 0.0}),
+    (
+        SymmetricMultiSimilarityLoss(margin=0.3, relaxation=0.05, threshold=1.1 / 240),
+        pair_loops.sms,
+        {"margin": 0.3, "relaxation": 0.05, "threshold": 1.1 / 240},
+    ),
+]
+
+
+@pytest.mark.parametrize("block_elements", [1, 40, 2**20])
+@pytest.mark.parametrize("batch", [3, 7, 13])
+@pytest.mark.parametrize(("loss", "loop", "options"), MARGIN_CASES)
+def test_margin_losses_follow_their_equations(
+    loss, loop, options, batch, block_elements, monkeypatch
+):
+    monkeypatch.setitem(blockwise._BLOCK_ELEMENTS, "cpu", block_elements)
+    video, text = pairs(batch)
+    relevance = soft_relevance(batch)
+    slow = loop(video, text, relevance, **options)
+    assert_same(loss(video, text, relevance), slow, (video, text))
+
+
+@pytest.mark.parametrize("negative", [0.0, 1.0])
+def test_hard_labels_follow_eq_17(negative):
+    video, text = pairs(9)
+    relevance = (soft_relevance(9) > 0.5).double().fill_diagonal_(1)
+    slow = pair_loops.hard_label_sms(video, text, relevance)
+    assert_same(HardLabelMultiSimilarityLoss()(video, text, relevance), slow, (video, text))
+
+
+def test_hard_labels_accept_the_soft_labels_of_clips_without_nouns():
+    labels, no_nouns = pad_class_ids([[3, 5], [5], [8]]), pad_class_ids([[], [], []])
+    text_labels = pad_class_ids([[3], [5], [8]])
+    soft = relevance_matrix(labels, no_nouns, text_labels, no_nouns).double()
+    assert soft.tolist() == [[0.5, 0.5, 0], [0, 0.5, 0], [0, 0, 0.5]]
+    video, text = pairs(3)
+    slow = pair_loops.hard_label_sms(video, text, 2 * soft)
+    assert_same(HardLabelMultiSimilarityLoss()(video, text, soft), slow, (video, text))
+
+
+@pytest.mark.parametrize("block_elements", [1, 40, 2**20])
+@pytest.mark.parametrize("batch", [1, 3, 7, 13])
+def test_info_nce_follows_its_equation(batch, block_elements, monkeypatch):
+    monkeypatch.setitem(blockwise._BLOCK_ELEMENTS, "cpu", block_elements)
+    video, text = pairs(batch)
+    fast, slow = InfoNCELoss(0.05)(video, text), pair_loops.info_nce(video, text, 0.05)
+    if batch == 1:
+        assert fast == slow == 0
+    else:
+        assert_same(fast, slow, (video, text))
+
+
+@pytest.mark.parametrize("scale_shape", [(), (1,)])
+def test_info_nce_with_a_learnable_scale(scale_shape):
+    video, text = pairs(7)
+    scale = torch.full(scale_shape, 14.3, dtype=torch.float64, requires_grad=True)
+    slow = pair_loops.info_nce(video, text, 1 / scale.squeeze())
+    fast = InfoNCELoss(temperature=None)(video, text, logit_scale=scale)
+    # the scale enters in fp32, as models hold it: 1e-7 of it
+    assert_same(fast, slow, (video, text, scale), rtol=1e-6)
+
+
+@pytest.mark.parametrize("block_elements", [1, 40, 2**20])
+def test_ego_nce_follows_its_equation(block_elements, monkeypatch):
+    monkeypatch.setitem(blockwise._BLOCK_ELEMENTS, "cpu", block_elements)
+    video, text = pairs(13)
+    verbs, nouns = class_sets(13)
+    ids = (pad_class_ids([list(row) for row in rows]) for rows in (verbs, nouns))
+    slow = pair_loops.ego_nce(video, text, verbs, nouns)
+    assert abs(slow - pair_loops.info_nce(video, text)) > 1e-3  # there are further positives
+    assert_same(EgoNCELoss()(video, text, *ids), slow, (video, text))
+
+
+def test_ego_nce_survives_positives_far_below_the_maximum():
+    """At temperature 0.01 the partner's share is e^-200, which fp32 cannot hold."""
+    video = torch.eye(3)
+    text = torch.stack([-video[0], video[0], video[0]])
+    none = torch.full((3, 1), -1)
+    loss = EgoNCELoss(temperature=0.01)(video, text, none, none)
+    exact = pair_loops.ego_nce(video.double(), text.double(), [set()] * 3, [set()] * 3, 0.01)
+    torch.testing.assert_close(loss, exact.float())
+
+
+@pytest.mark.parametrize("loss", [case[0] for case in MARGIN_CASES])
+def test_one_pair_has_no_negatives(loss):
+    video, text = pairs(1)
+    value = loss(video, text, torch.ones(1, 1))
+    value.backward()
+    assert value == 0
+    assert not video.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", [SymmetricMultiSimilarityLoss(), InfoNCELoss()])
+def test_half_precision_embeddings_are_computed_in_fp32(loss, dtype):
+    video, text = (x.detach().to(dtype).requires_grad_() for x in pairs(9))
+    rest = (soft_relevance(9).float(),) if isinstance(loss, SymmetricMultiSimilarityLoss) else ()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(video, text, *rest)
+    expected = loss(video.detach().float(), text.detach().float(), *rest)
+    torch.testing.assert_close(value, expected, rtol=0, atol=0)
+    value.backward()
+    assert video.grad.dtype == dtype
+
+
+def test_values_without_gradients_are_the_same():
+    video, text = pairs(9)
+    relevance = soft_relevance(9)
+    loss = SymmetricMultiSimilarityLoss()
+    with torch.no_grad():
+        quiet = loss(video, text, relevance)
+    assert not quiet.requires_grad
+    assert quiet == loss(video, text, relevance)
+
+
+def test_a_frozen_tower_gets_no_gradient():
+    video, text = pairs(5)
+    loss = SymmetricMultiSimilarityLoss()(video, text.detach(), soft_relevance(5))
+    loss.backward()
+    assert video.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda v, t: InfoNCELoss(temperature=0.0), "must be positive"),
+        (lambda v, t: InfoNCELoss(temperature=None)(v, t), "needs the model's logit_scale"),
+        (lambda v, t: InfoNCELoss()(v, t[:4]), r"video has shape \(5, 5\) and text \(4, 5\)"),
+        (lambda v, t: MaxMarginLoss()(v, t, torch.ones(5, 4)), r"relevance has shape \(5, 4\)"),
+        (
+            lambda v, t: EgoNCELoss()(v, t, torch.zeros(4, 1), torch.zeros(5, 1)),
+            r"verb_classes has shape \(4, 1\)",
+        ),
+        (lambda v, t: SymmetricMultiSimilarityLoss(threshold=0.0), "threshold must be positive"),
+        (lambda v, t: SymmetricMultiSimilarityLoss(relaxation=-0.1), "may not be negative"),
+    ],
+)
+def test_bad_arguments_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*pairs(5))

@@ -1,0 +1,115 @@
+"""Every recipe in configs/ parses, builds its full-size model, and trains a step when reduced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from datamodules.batch import ClipBatch
+from lightning_modules.cli.train import RecipeCLI, build_cli
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(
+    path
+    for room in ("pretrain", "mir", "charades_ego")
+    for path in (ROOT / "configs" / room).glob("*")
+)
+OVERLAYS = sorted((ROOT / "configs" / "temporal").glob("*"))
+HERE = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.precision=32"]
+SMALL = ["--model.init_checkpoint=null", "--model.model.preset=eva02_at_tiny"]
+
+
+def parse(*files: Path, words: list[str] | None = None) -> RecipeCLI:
+    configs = [word for file in files for word in ("--config", str(file))]
+    return build_cli([*configs, *HERE, *(words or [])])
+
+
+def random_batch(num_frames: int, image_size: int) -> ClipBatch:
+    generator = torch.Generator().manual_seed(0)
+    shape = (4, 3, num_frames, image_size, image_size)
+    classes = torch.tensor([[0], [0], [1], [2]])
+    return ClipBatch(
+        video=torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8),
+        tokens=torch.tensor([[49406, word, 49407] + [0] * 74 for word in (320, 518, 997, 1237)]),
+        clip_index=torch.arange(4),
+        text_index=torch.arange(4),
+        sample_index=torch.arange(4),
+        mask=torch.ones(4, dtype=torch.bool),
+        verb_classes=classes,
+        noun_classes=classes + 1,
+        text_verb_classes=classes,
+        text_noun_classes=classes + 1,
+        keys=list("abcd"),
+    )
+
+
+def test_the_recipes_are_found():
+    assert len(RECIPES) >= 18 and len(OVERLAYS) == 5
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_full_size_model_of_a_recipe(recipe: Path):
+    with torch.device("meta"):
+        cli = parse(recipe)
+    written = yaml.safe_load(recipe.read_text())
+    settings = written["model"]["init_args"]
+    config = cli.model.model.config
+    assert config.embed_dim == 256
+    assert config.vision.num_frames == settings["model"]["num_frames"]
+    assert cli.datamodule.clip_options.num_frames == config.vision.num_frames
+    assert cli.datamodule.clip_options.image_size == config.vision.image_size
+    assert cli.datamodule.global_batch_size == written["data"]["init_args"]["global_batch_size"]
+    millions = sum(p.numel() for p in cli.model.model.visual.parameters()) / 1e6
+    # the towers of the paper: 86 M and 304 M, the projection to 256 and T*D positions aside
+    assert millions == pytest.approx(304 if "large" in recipe.stem else 86, abs=0.6)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_step_of_a_recipe_at_reduced_size(recipe: Path):
+    cli = parse(recipe, words=[*SMALL, "--data.image_size=64", "--model.model.num_frames=2"])
+    module = cli.model
+    module.log = lambda *args, **kwargs: None  # no Trainer is attached
+    loss = module.training_step(random_batch(2, 64), 0)
+    loss.backward()
+    assert torch.isfinite(loss)
+    gradients = {name: p.grad for name, p in module.model.named_parameters()}
+    assert [name for name, g in gradients.items() if g is None or not g.isfinite().all()] == []
+    moving = sum(bool(g.abs().sum() > 0) for g in gradients.values())
+    assert moving > len(gradients) * 0.9  # all but the temperature of fixed-temperature losses
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_temporal_overlays_reach_the_model(overlay: Path):
+    base = ROOT / "configs" / "pretrain" / "eva02_at_base_egoclip.yaml"
+    with torch.device("meta"):
+        cli = parse(base, overlay)
+    assert cli.model.model.config.vision.temporal == overlay.stem
+
+
+def test_a_later_override_reaches_every_interpolation():
+    recipe = ROOT / "configs" / "mir" / "eva02_at_base_sms.yaml"
+    with torch.device("meta"):
+        cli = parse(recipe, words=["--data_dir=/elsewhere", "--model.model.num_frames=8"])
+    assert cli.datamodule.train_split.manifest == "/elsewhere/ek100_mir_train/manifest.json"
+    assert cli.datamodule.clip_options.num_frames == 8
+
+
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [
+        ("--trainer.max_epoch=3", "trainer.max_epochs"),
+        ("--model.optimizer.lrr=3", "optimizer.lr"),
+        ("--data.num_frame=3", "num_frames"),
+        ("--model.loss.marg=3", "marg"),
+        ("--model.model.num_frames=four", "four"),
+        ("--run_dirr=x", "run_dir"),
+    ],
+)
+def test_a_mistyped_key_is_named_with_the_nearest(word: str, named: str):
+    with pytest.raises(ValueError) as error:
+        parse(ROOT / "configs" / "mir" / "eva02_at_base_sms.yaml", words=[word])
+    assert named in str(error.value)
+    assert len(str(error.value)) < 400  # the cause, not the whole usage

@@ -1,0 +1,116 @@
+"""The one direction of imports: kernels <- models <- LightningModules <- command line."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OURS = ("kernels", "datamodules", "lightning_modules")
+
+# room -> the rooms it may import, besides itself. The first prefix that matches a module wins.
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "kernels": (),
+    "datamodules": (),
+    "lightning_modules.models": ("kernels",),
+    "lightning_modules.losses": (),
+    "lightning_modules.metrics": (),
+    "lightning_modules.checkpoints": ("lightning_modules.models",),
+    "lightning_modules.cli": OURS,
+    "lightning_modules.inference": (  # what the command line does with a trained model
+        "datamodules",
+        "lightning_modules.models",
+        "lightning_modules.checkpoints",
+        "lightning_modules.training.checkpoint_store",
+    ),
+    "lightning_modules.sweep": ("lightning_modules.inference",),
+    "lightning_modules.benchmarks": (
+        "datamodules",
+        "lightning_modules.losses.gather",
+        "lightning_modules.metrics",
+        "lightning_modules.models",
+    ),
+    "lightning_modules": (
+        "datamodules.batch",
+        "datamodules.relevance",
+        "lightning_modules.models",
+        "lightning_modules.losses",
+        "lightning_modules.metrics",
+        "lightning_modules.checkpoints",
+        "lightning_modules.inference.source",
+    ),
+}
+THIRD_PARTY = {
+    "lightning_modules.losses": {"torch"},
+    "lightning_modules.metrics": {"torch", "torchmetrics"},
+}
+
+
+def module_name(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    return next(room for room in ALLOWED if module == room or module.startswith(room + "."))
+
+
+def imported(source: str, module: str) -> set[str]:
+    """Every absolute module name that a source file imports, at any depth of nesting."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import; write the whole name"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def forbidden_edges(source: str, module: str) -> list[str]:
+    room = room_of(module)
+    allowed = (room, *ALLOWED[room])
+    if room == "lightning_modules":  # its own prefix covers every other room: only files beside it
+        allowed = ALLOWED[room]
+    bad = []
+    for name in imported(source, module):
+        top = name.split(".")[0]
+        if top in OURS:
+            ours = any(name == a or name.startswith(a + ".") for a in allowed)
+            inner = room == "lightning_modules" and room_of(name) == room
+            if not (ours or inner):
+                bad.append(f"{module} -> {name}")
+        elif room in THIRD_PARTY and top not in THIRD_PARTY[room] | sys.stdlib_module_names:
+            bad.append(f"{module} -> {name}")
+    return bad
+
+
+FILES = sorted(path for package in OURS for path in (ROOT / package).rglob("*.py"))
+
+
+def test_there_are_files_to_walk():
+    assert len(FILES) > 10
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path):
+    assert forbidden_edges(path.read_text(), module_name(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("kernels.attention", "from lightning_modules.models import VideoEncoder"),
+        ("datamodules.stream", "import kernels.st_rope"),
+        ("lightning_modules.models.blocks", "from lightning_modules.losses import InfoNCELoss"),
+        ("lightning_modules.losses.infonce", "import lightning"),
+        ("lightning_modules.metrics.map", "import numpy"),
+        ("lightning_modules.pretrain", "from lightning_modules.cli.main import main"),
+        ("lightning_modules.pretrain", "from datamodules.stream import ClipStream"),
+    ],
+)
+def test_each_forbidden_edge_is_seen(module: str, line: str):
+    assert len(forbidden_edges(line, module)) == 1
