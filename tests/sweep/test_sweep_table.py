@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from lightning_modules.sweep.page import _ticks, sweep_page
+from lightning_modules.sweep.page import sweep_page, ticks
 from lightning_modules.sweep.plan import Cell
 from lightning_modules.sweep.table import (
     Entry,
@@ -133,6 +133,6 @@ def test_page_without_steps_has_no_curves() -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (3.2, 3.3), (5, 5), (-2, 40), (0, 0), (1e-4, 3)])
 def test_ticks_are_few_round_and_span_the_range(low: float, high: float) -> None:
-    ticks = _ticks(low, high)
-    assert 2 <= len(ticks) <= 8
-    assert ticks[0] <= low and ticks[-1] >= high and ticks == sorted(set(ticks))
+    positions = ticks(low, high)
+    assert 2 <= len(positions) <= 8
+    assert positions[0] <= low and positions[-1] >= high and positions == sorted(set(positions))
