@@ -33,7 +33,8 @@ class ClipBatch(_TensorFields):
 
     Attributes:
         video: (B, 3, T, H, W) uint8, RGB; the LightningModule normalises it on the device.
-        tokens: (B, 77) int64 token ids of the narrations.
+        tokens: (B, L) int64 token ids of the narrations. L is 77 in evaluation; in training the
+            longest narration's, rounded up to a multiple of 16.
         clip_index: (B,) int64, the clip's row in its manifest: its identity in metrics.
         text_index: (B,) int64, the narration's row in the sentence list (clip_index where each
             clip has its own).

@@ -128,7 +128,7 @@ class TrainStream(Dataset):
         self.reader, self.order, self.options = reader, order, options
         self.choose_text, self.monitor = choose_text, monitor
         self.part, self.num_parts = part, num_parts
-        self.tokenizer = Tokenizer()
+        self.tokenizer = Tokenizer(pad_to_multiple_of=16)
         self._epoch: EpochOrder | None = None
 
     def __getitem__(self, place: tuple[int, int, int]) -> ClipBatch:

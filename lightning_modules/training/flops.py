@@ -42,16 +42,17 @@ def video_flops(config: VisionConfig, embed_dim: int, num_frames: int | None = N
     return blocks + patches + 2 * config.width * embed_dim
 
 
-def text_flops(config: TextConfig, embed_dim: int) -> float:
-    """Forward FLOPs of the text tower for one sentence, padding included."""
+def text_flops(config: TextConfig, embed_dim: int, num_tokens: int | None = None) -> float:
+    """Forward FLOPs of the text tower for one sentence of `num_tokens`, by default the longest."""
     columns = 2 * int(config.width * config.mlp_ratio)
-    blocks = _tower_flops(config.depth, config.context_length, config.width, columns)
+    blocks = _tower_flops(config.depth, num_tokens or config.context_length, config.width, columns)
     return blocks + 2 * config.width * embed_dim
 
 
-def pair_flops(config: DualEncoderConfig) -> float:
+def pair_flops(config: DualEncoderConfig, num_tokens: int | None = None) -> float:
     """Forward FLOPs of one (clip, sentence) pair; the backward pass takes twice as many."""
-    return video_flops(config.vision, config.embed_dim) + text_flops(config.text, config.embed_dim)
+    text = text_flops(config.text, config.embed_dim, num_tokens)
+    return video_flops(config.vision, config.embed_dim) + text
 
 
 def _tower_flops(depth: int, tokens: int, width: int, mlp_columns: int) -> float:

@@ -49,7 +49,7 @@ class ThroughputMonitor(Callback):
         self._clips += len(batch) * trainer.world_size
         self._steps += 1
         if self._steps >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            figures = self._figures(trainer, pl_module)
+            figures = self._figures(trainer, pl_module, batch)
             pl_module.log_dict({f"speed/{k}": v for k, v in figures.items()}, batch_size=1)
             pl_module.log(
                 "clips_per_s", figures["clips_per_s"], prog_bar=True, logger=False, batch_size=1
@@ -57,7 +57,9 @@ class ThroughputMonitor(Callback):
             self._reset()
         self._batch_end = time.perf_counter()
 
-    def _figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+    def _figures(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any
+    ) -> dict[str, float]:
         seconds = time.perf_counter() - self._window_start
         figures = {
             "clips_per_s": self._clips / seconds,
@@ -72,7 +74,7 @@ class ThroughputMonitor(Callback):
             figures["tokens_per_s"] = figures["clips_per_s"] * tokens
             peak = torch.cuda.is_available() and peak_tflops(torch.cuda.get_device_name())
             if peak:
-                flops = 3 * pair_flops(model.config) * figures["clips_per_s"]
+                flops = 3 * pair_flops(model.config, batch.tokens.shape[1]) * figures["clips_per_s"]
                 figures["mfu"] = flops / (peak * 1e12 * trainer.world_size)
         return figures
 

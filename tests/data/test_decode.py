@@ -151,5 +151,14 @@ def test_long_texts_keep_the_end_token_last():
         Tokenizer(2)
 
 
+def test_short_rows_hold_the_longest_text():
+    whole, short = Tokenizer(), Tokenizer(pad_to_multiple_of=16)
+    for words, length in ((["a", "b " * 14], 16), (["a " * 15], 32), (["a " * 99, ""], 77), ([], 16)):
+        tokens = short(words)
+        assert tokens.shape == (len(words), length)
+        assert torch.equal(tokens, whole(words)[:, :length])
+        assert tokens.eq(EOT_ID).sum() == len(words)
+
+
 def test_mojibake_and_case_are_cleaned():
     assert Tokenizer().encode("CafÃ©  Au&nbsp;Lait") == Tokenizer().encode("café au lait")

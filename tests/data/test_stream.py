@@ -32,7 +32,7 @@ def test_a_training_batch_has_what_the_contract_says(shards, records):
     (batch, *rest) = list(pretrain(shards).train_dataloader())
     assert isinstance(batch, ClipBatch) and len(rest) == 7
     assert batch.video.shape == (4, 3, 2, 32, 32) and batch.video.dtype == torch.uint8
-    assert batch.tokens.shape == (4, 77) and batch.tokens.dtype == torch.int64
+    assert batch.tokens.shape == (4, 16) and batch.tokens.dtype == torch.int64
     assert batch.mask.all() and batch.sample_index.tolist() == [0, 1, 2, 3]
     for b, row in enumerate(batch.clip_index.tolist()):
         assert batch.keys[b] == f"{row:09d}"

@@ -1,0 +1,209 @@
+"""Tables IV and V of EVA02-AT in miniature, on the demo world; results in docs/reproduction.md.
+
+    python docs/reproduction/miniature.py --out runs/miniature --write docs/reproduction.md
+
+Runs only what is not there yet: a finished cell is a file OUT/cells/*.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from datamodules.demo_world import WorldOptions
+from kernels.pages import write_between
+from lightning_modules.cli import train
+from lightning_modules.cli.demo import Demo
+from lightning_modules.cli.demo_probe import Probe
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+WORLD = WorldOptions(seed=0, num_pretrain=4800, num_train=1200, num_test=576)
+SEEDS = (0, 1, 2)
+TEMPORAL = {  # mode: the paper's zero-shot mAP / nDCG (table IV)
+    "none": "",
+    "learnable": "28.2 / 29.9",
+    "rotary": "28.8 / 30.1",
+    "both": "30.2 / 31.1",
+    "split": "",
+}
+SMS = "SymmetricMultiSimilarityLoss"
+LOSSES = {  # name: class, margins tried, further arguments, the paper's mAP / nDCG (table V)
+    "MI-MM": ("MaxMarginLoss", (0.1, 0.2, 0.4), {}, "52.1 / 67.3"),
+    "adaptive MI-MM": ("AdaptiveMaxMarginLoss", (0.2, 0.4, 0.6), {}, "55.1 / 68.1"),
+    "SMS, tau = 0": (SMS, (0.4, 0.6, 0.8), {"relaxation": 0.0}, "55.2 / 68.6"),
+    "SMS": (SMS, (0.4, 0.6, 0.8), {"relaxation": 0.1}, "57.0 / 69.2"),
+}
+
+
+@dataclass(frozen=True)
+class Miniature:
+    """The experiments.
+
+    Attributes:
+        out: Folder of everything.
+        jobs: Runs at a time, one core each.
+        words: Further words for every training command.
+    """
+
+    out: Path
+    jobs: int
+    words: Sequence[str] = ()
+
+    def run(self) -> tuple[str, str]:
+        """Run what is missing; returns the tables of temporal positions and of losses."""
+        world = Demo(self.out, WORLD.seed, WORLD)
+        world.make_videos()
+        world.make_shards()
+        modes = [(mode, seed) for seed in SEEDS for mode in ("both", *TEMPORAL)]
+        arms = [
+            (name, margin, min_relevance)
+            for min_relevance in MIN_RELEVANCE
+            for name, (_, margins, _, _) in LOSSES.items()
+            for margin in margins
+        ]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(lambda cell: self.pretrain(*cell), dict.fromkeys(modes)))
+            list(pool.map(lambda arm: self.fine_tune(*arm, SEEDS[0]), arms))
+            best = {
+                (name, low): max(
+                    margins, key=lambda margin: self.fine_tune(name, margin, low, SEEDS[0])["map"]
+                )
+                for low in MIN_RELEVANCE
+                for name, (_, margins, _, _) in LOSSES.items()
+            }
+            cells = [(n, m, low, seed) for seed in SEEDS[1:] for (n, low), m in best.items()]
+            list(pool.map(lambda cell: self.fine_tune(*cell), cells))
+        return self.temporal_table(), self.loss_table(best)
+
+    def pretrain(self, mode: str, seed: int) -> dict[str, Any]:
+        """Pretrain with a temporal mode and evaluate zero-shot."""
+        run = self.out / f"temporal-{mode}-{seed}"
+        overlay = f"--config={CONFIGS / 'temporal' / mode}.yaml"
+
+        def work() -> dict[str, Any]:
+            self._command("fit", "pretrain", run, seed, overlay)
+            checkpoint = run / "checkpoints"
+            words = [overlay, f"--model.init_checkpoint={checkpoint}"]
+            self._command("test", "retrieval", run / "zero_shot", seed, *words)
+            return self._figures(run / "zero_shot", checkpoint)
+
+        return self._cell(run.name, work)
+
+    def fine_tune(self, name: str, margin: float, min_relevance: float, seed: int) -> dict:
+        """Fine-tune the seed's pretrained model with a loss, and evaluate."""
+        kind, _, arguments, _ = LOSSES[name]
+        label = name.replace(" ", "-").replace(",", "").replace("=-", "")
+        run = self.out / f"loss-{label}-{margin}-{min_relevance}-{seed}"
+        words = [
+            f"--model.init_checkpoint={self.out / f'temporal-both-{seed}' / 'checkpoints'}",
+            f"--model.loss=lightning_modules.losses.{kind}",
+            f"--model.loss.margin={margin}",
+            *(f"--model.loss.{key}={value}" for key, value in arguments.items()),
+            f"--data.min_relevance={min_relevance}",
+        ]
+
+        def work() -> dict[str, Any]:
+            self._command("fit", "retrieval", run, seed, *words)
+            tuned = f"--ckpt_path={run / 'checkpoints'}"
+            self._command("test", "retrieval", run, seed, *words, tuned)
+            return self._figures(run, run / "checkpoints")
+
+        return self._cell(run.name, work)
+
+    def _cell(self, name: str, work: Any) -> dict[str, Any]:
+        path = self.out / "cells" / f"{name}.json"
+        if not path.is_file():
+            figures = work()
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(figures) + "\n")
+            print(name, figures, flush=True)
+        return json.loads(path.read_text())
+
+    def _command(self, verb: str, recipe: str, run: Path, seed: int, *words: str) -> None:
+        command = [sys.executable, "-m", "lightning_modules.cli.main", verb]
+        command += [f"--config={CONFIGS / 'demo' / recipe}.yaml", *words]
+        command += [f"--data_dir={self.out}", f"--run_dir={run}", f"--seed_everything={seed}"]
+        command += ["--data.num_workers=0", *self.words]
+        run.mkdir(parents=True, exist_ok=True)
+        with (run / f"{verb}.log").open("w") as log:
+            env = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=env)
+
+    def _figures(self, run: Path, checkpoint: Path) -> dict[str, Any]:
+        """The figures of a test run, and how often the model names verb and noun."""
+        flat = json.loads((run / "test.json").read_text())
+        words = [f"--config={CONFIGS / 'demo' / 'retrieval.yaml'}", f"--data_dir={self.out}"]
+        probe = Probe(run, checkpoint, train.build_cli([*words, f"--run_dir={run}"]).datamodule)
+        plain, shuffled = probe.accuracies(), probe.accuracies(shuffled=True)
+        return {
+            "map": flat["test/map_avg"],
+            "ndcg": flat["test/ndcg_avg"],
+            "verb": plain["verb"],
+            "verb_shuffled": shuffled["verb"],
+            "noun": plain["noun"],
+        }
+
+    def temporal_table(self) -> str:
+        """Table IV in Markdown."""
+        lines = [_header("temporal positions", "verb, frames shuffled", "paper, mAP / nDCG")]
+        for mode, paper in TEMPORAL.items():
+            cells = [self.pretrain(mode, seed) for seed in SEEDS]
+            lines.append(_row(mode, cells, "verb_shuffled", paper))
+        return "\n".join(lines)
+
+    def loss_table(self, best: dict[tuple[str, float], float]) -> str:
+        """Table V in Markdown."""
+        lines = [_header("loss, its best margin", "pairs from c >=", "paper, mAP / nDCG")]
+        for (name, low), margin in best.items():
+            cells = [self.fine_tune(name, margin, low, seed) for seed in SEEDS]
+            lines.append(_row(f"{name}, {margin}", cells, str(low), LOSSES[name][3]))
+        return "\n".join(lines)
+
+
+MIN_RELEVANCE = (0.1,)  # of a training pair: the paper's
+
+
+def _header(first: str, extra: str, last: str) -> str:
+    names = (first, "mAP", "nDCG", "verb", "noun", extra, last)
+    return f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
+
+
+def _row(first: str, cells: list[dict[str, Any]], extra: str, last: str) -> str:
+    columns = [_spread(cells, key) for key in ("map", "ndcg", "verb", "noun")]
+    columns.append(_spread(cells, extra) if extra in cells[0] else extra)
+    return f"| {' | '.join([first, *columns, last])} |"
+
+
+def _spread(cells: list[dict[str, Any]], key: str) -> str:
+    values = [cell[key] for cell in cells]
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def main() -> None:
+    """Run the experiments and write their tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/miniature"), help="(%(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time (%(default)s)")
+    parser.add_argument("--write", type=Path, help="the page, with its markers")
+    args, words = parser.parse_known_args()
+    torch.set_num_threads(1)
+    tables = Miniature(args.out, args.jobs, words).run()
+    print("\n\n".join(tables))
+    if args.write:
+        for name, table in zip(("reproduction.temporal", "reproduction.losses"), tables, strict=True):
+            write_between(args.write, name, table)
+
+
+if __name__ == "__main__":
+    main()
