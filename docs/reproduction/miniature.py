@@ -201,8 +201,8 @@ def main() -> None:
     tables = Miniature(args.out, args.jobs, words).run()
     print("\n\n".join(tables))
     if args.write:
-        for name, table in zip(("reproduction.temporal", "reproduction.losses"), tables, strict=True):
-            write_between(args.write, name, table)
+        for name, table in zip(("temporal", "losses"), tables, strict=True):
+            write_between(args.write, f"reproduction.{name}", table)
 
 
 if __name__ == "__main__":

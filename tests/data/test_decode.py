@@ -153,7 +153,8 @@ def test_long_texts_keep_the_end_token_last():
 
 def test_short_rows_hold_the_longest_text():
     whole, short = Tokenizer(), Tokenizer(pad_to_multiple_of=16)
-    for words, length in ((["a", "b " * 14], 16), (["a " * 15], 32), (["a " * 99, ""], 77), ([], 16)):
+    cases = ((["a", "b " * 14], 16), (["a " * 15], 32), (["a " * 99, ""], 77), ([], 16))
+    for words, length in cases:
         tokens = short(words)
         assert tokens.shape == (len(words), length)
         assert torch.equal(tokens, whole(words)[:, :length])
