@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -63,7 +64,8 @@ class PlaceLoader:
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_ignore_signals,
         )
-        batches = iter(loader)
+        with _signals_held_back():  # until the workers, which inherit this, ignore them
+            batches = iter(loader)
         if self.num_workers:
             _leave_deaths_to_the_queue()
         while True:
@@ -115,6 +117,16 @@ def _leave_deaths_to_the_queue() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINERS_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _ignore_signals(worker: int) -> None:
     for number in _TRAINERS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _TRAINERS_SIGNALS)

@@ -14,9 +14,16 @@ from datamodules.batch import ClipBatch, TextBatch
 from lightning_modules.checkpoints import load_clip_checkpoint
 from lightning_modules.inference.source import find_checkpoint
 from lightning_modules.metrics import MultiInstanceMAP, MultiInstanceNDCG
-from lightning_modules.models import ModelConfig
+from lightning_modules.models import DualEncoder, ModelConfig
 from lightning_modules.training.gradcache import encode_in_micro_batches
 from lightning_modules.training.optim import OptimizerConfig, configure_optimizers
+
+
+def load_initial_weights(path: str, model: DualEncoder) -> None:
+    """Load a checkpoint that `find_checkpoint` finds, and say what was used of it."""
+    source = find_checkpoint(path)
+    report = load_clip_checkpoint(source.read(), model)
+    rank_zero_info(f"initial weights of {source.path}: {report.summary()}")
 
 
 class DualEncoderModule(LightningModule):
@@ -63,9 +70,7 @@ class DualEncoderModule(LightningModule):
         path, self.init_checkpoint = self.init_checkpoint, None
         if path is None or (self._trainer is not None and self._trainer.ckpt_path is not None):
             return
-        source = find_checkpoint(path)
-        report = load_clip_checkpoint(source.read(), self.model)
-        rank_zero_info(f"initial weights of {source.path}: {report.summary()}")
+        load_initial_weights(path, self.model)
 
     def configure_optimizers(self) -> Any:
         """Build the optimiser and its per-step schedule over the whole run."""

@@ -57,3 +57,24 @@ def write_retrieval_split(
             writer.writerow([f"P01_01_{first_clip[sentence]}", text])
     items = [(verb, set(nouns)) for verb, nouns in said]
     return [items[sentence] for sentence in of_clip], items
+
+
+def write_recognition_split(
+    folder: Path, split: str, rows: list[tuple[str, int, int, list[int]]]
+) -> None:
+    """Write a clip file of action recognition; clip k spans 0.2 k to 0.2 k + 0.4 s of P01_01.
+
+    Args:
+        folder: Where `EPIC_100_{split}.csv` goes.
+        split: `train` or `validation`.
+        rows: Narration, verb class, main noun class and all noun classes of each clip.
+    """
+    with (folder / f"EPIC_100_{split}.csv").open("w", newline="") as file:
+        file.write(HEADER + "\n")
+        for number, (text, verb, noun, nouns) in enumerate(rows):
+            start_s = 0.2 * number
+            span = (f"00:00:{start_s:06.3f}", f"00:00:{start_s + 0.4:06.3f}", 1, 2)
+            who = (f"{split}_{number}", "P01", "P01_01", "00:00:01.0", *span)
+            names = [f"noun {n}" for n in nouns]
+            what = (text, f"verb {verb}", verb, f"noun {noun}", noun, str(names), str(nouns))
+            csv.writer(file).writerow([*who, *what])

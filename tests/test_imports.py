@@ -34,6 +34,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "lightning_modules.models",
     ),
     "lightning_modules": (
+        "datamodules.annotations.epic",
         "datamodules.batch",
         "datamodules.relevance",
         "lightning_modules.models",

@@ -69,6 +69,46 @@ class Sentence:
     all_noun_classes: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class ActionClass:
+    """A class of action recognition: a verb with a main noun.
+
+    Attributes:
+        verb_class: 0..96.
+        noun_class: 0..299.
+        narrations: Every different narration of its clips, in order of appearance.
+    """
+
+    verb_class: int
+    noun_class: int
+    narrations: tuple[str, ...]
+
+
+def recognition_file(directory: str | Path, split: str) -> Path:
+    """Path of the clip file of action recognition, of split `train` or `validation`."""
+    return Path(directory) / f"EPIC_100_{split}.csv"
+
+
+def read_actions(directory: str | Path) -> list[ActionClass]:
+    """Read the classes of action recognition.
+
+    They are the pairs `verb_class:noun_class` of the training and the validation file, sorted as
+    text: 3,806 in the published files.
+
+    Args:
+        directory: The folder of `EPIC_100_train.csv` and `EPIC_100_validation.csv`.
+
+    Raises:
+        ValueError: As `read_retrieval_clips`.
+    """
+    narrations: dict[tuple[int, int], dict[str, None]] = {}
+    for split in ("train", "validation"):
+        for clip in read_retrieval_clips(recognition_file(directory, split)):
+            narrations.setdefault((clip.verb_class, clip.noun_class), {})[clip.narration] = None
+    pairs = sorted(narrations, key=lambda pair: f"{pair[0]}:{pair[1]}")
+    return [ActionClass(*pair, tuple(narrations[pair])) for pair in pairs]
+
+
 def retrieval_files(directory: str | Path, split: str) -> tuple[Path, Path]:
     """Find the clip and the sentence file of a split.
 

@@ -15,7 +15,7 @@ from datamodules.manifest import ClipRecord
 
 
 def read_ek100(path: str | Path) -> list[ClipRecord]:
-    """EK-100 retrieval or recognition CSV; the clip id is the narration id."""
+    """EK-100 retrieval or recognition CSV; the clip id is the narration id, the main noun first."""
     return [
         ClipRecord(
             clip_id=clip.narration_id,
@@ -24,7 +24,7 @@ def read_ek100(path: str | Path) -> list[ClipRecord]:
             end_s=clip.stop_s,
             texts=(clip.narration,),
             verb_classes=(clip.verb_class,),
-            noun_classes=clip.all_noun_classes,
+            noun_classes=tuple(sorted(clip.all_noun_classes, key=lambda n: n != clip.noun_class)),
         )
         for clip in read_retrieval_clips(path)
     ]

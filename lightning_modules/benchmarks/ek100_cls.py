@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datamodules.annotations.epic import read_retrieval_clips
+from datamodules.annotations.epic import read_actions, read_retrieval_clips, recognition_file
 from lightning_modules.benchmarks.interface import Benchmark, BenchmarkData, Measured
 from lightning_modules.metrics.functional.recognition import action_hits
 
@@ -16,10 +16,9 @@ from lightning_modules.metrics.functional.recognition import action_hits
 class EK100Recognition(Benchmark):
     """Verb, noun and action of a clip; top-1 and top-5.
 
-    Actions are the pairs `verb_class:noun_class` of the training and the validation file, sorted as
-    text (3,806 in the published files); a class's prompts are all unique narrations of its clips in
-    both. The prediction is the cosine similarity to the mean of a class's normalised prompt
-    embeddings, times the model's logit scale; verbs and nouns by marginalising its softmax.
+    A class's prompts are all unique narrations of its clips in the training and the validation file
+    (`read_actions`). The prediction is the cosine similarity to the mean of a class's normalised
+    prompt embeddings, times the model's logit scale; verbs and nouns by marginalising its softmax.
 
     Args:
         data: Its annotations are the folder of `EPIC_100_train.csv` and
@@ -39,22 +38,15 @@ class EK100Recognition(Benchmark):
         split = data.split or "validation"
         if split not in ("train", "validation"):
             raise ValueError(f"split {split!r} of {self.name}; it must be train or validation")
-        files = {name: folder / f"EPIC_100_{name}.csv" for name in ("train", "validation")}
-        clips = {name: read_retrieval_clips(path) for name, path in files.items()}
-        narrations: dict[tuple[int, int], dict[str, None]] = {}
-        for clip in (*clips["train"], *clips["validation"]):
-            texts = narrations.setdefault((clip.verb_class, clip.noun_class), {})
-            texts[clip.narration] = None
-        actions = sorted(narrations, key=lambda pair: f"{pair[0]}:{pair[1]}")
-        self.verb_of_action = torch.tensor([verb for verb, _ in actions])
-        self.noun_of_action = torch.tensor([noun for _, noun in actions])
-        self.clip_ids = [clip.narration_id for clip in clips[split]]
-        number = {pair: action for action, pair in enumerate(actions)}
-        self.target = torch.tensor(
-            [number[clip.verb_class, clip.noun_class] for clip in clips[split]]
-        )
-        self.prompts = [data.template.format(text) for pair in actions for text in narrations[pair]]
-        counts = torch.tensor([len(narrations[pair]) for pair in actions])
+        clips = read_retrieval_clips(recognition_file(folder, split))
+        actions = read_actions(folder)
+        self.verb_of_action = torch.tensor([action.verb_class for action in actions])
+        self.noun_of_action = torch.tensor([action.noun_class for action in actions])
+        self.clip_ids = [clip.narration_id for clip in clips]
+        number = {(a.verb_class, a.noun_class): place for place, a in enumerate(actions)}
+        self.target = torch.tensor([number[clip.verb_class, clip.noun_class] for clip in clips])
+        self.prompts = [data.template.format(text) for a in actions for text in a.narrations]
+        counts = torch.tensor([len(action.narrations) for action in actions])
         self.action_of_prompt = torch.arange(len(actions)).repeat_interleave(counts)
 
     def predict(self, video: Tensor, text: Tensor, logit_scale: float) -> Tensor:

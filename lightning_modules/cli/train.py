@@ -273,6 +273,8 @@ def main(argv: list[str]) -> int:
     if verb == "fit" and ckpt_path is None:
         store = CheckpointFolder(cli.config.checkpoints.dirpath or run_dir / "checkpoints")
         ckpt_path = str(store.root) if store.candidates() else None
+    if ckpt_path is not None:
+        cli.model.init_checkpoint = None  # may be on another machine, and would be overwritten
     run = getattr(cli.trainer, verb)
     quiet = {"verbose": False} if verb in ("validate", "test") else {}
     try:

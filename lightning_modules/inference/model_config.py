@@ -22,7 +22,6 @@ from lightning_modules.models import (
     TextConfig,
     VisionConfig,
 )
-from lightning_modules.models.config import resolve_config
 
 FORMAT = "eva02-at model"
 _QUICK_GELU_NOTE = (
@@ -79,9 +78,7 @@ def _config_of_recipe(path: Path) -> DualEncoderConfig:
             f"{path} has no section model.init_args.model; give a run's config.yaml, a recipe, or "
             "the JSON that `eva02-at convert` writes"
         )
-    recipe = _dataclass_of(ModelConfig, section, str(path))
-    fields = vars(recipe)
-    return resolve_config(fields.pop("preset"), **fields)
+    return _dataclass_of(ModelConfig, section, str(path)).resolve()
 
 
 def _dataclass_of(kind: type, values: Mapping[str, Any], where: str) -> Any:

@@ -1,5 +1,6 @@
 """EVA02-AT and its baselines as plain torch modules."""
 
+from lightning_modules.models.classifier import VideoClassifier
 from lightning_modules.models.config import (
     PRESETS,
     DualEncoderConfig,
@@ -18,6 +19,7 @@ __all__ = [
     "ModelConfig",
     "TextConfig",
     "TextEncoder",
+    "VideoClassifier",
     "VideoEncoder",
     "VisionConfig",
     "build_dual_encoder",

@@ -295,9 +295,17 @@ class ModelConfig:
     patch_dropout: float = 0.0
     drop_path: float = 0.0
 
+    def resolve(self) -> DualEncoderConfig:
+        """Return the preset with these fields.
+
+        Raises:
+            ValueError: for an unknown preset or an impossible combination.
+        """
+        overrides = {name: value for name, value in vars(self).items() if name != "preset"}
+        return resolve_config(self.preset, **overrides)
+
     def build(self) -> DualEncoder:
         """Build the model with freshly initialised parameters."""
-        from lightning_modules.models.dual_encoder import build_dual_encoder
+        from lightning_modules.models.dual_encoder import DualEncoder
 
-        overrides = {name: value for name, value in vars(self).items() if name != "preset"}
-        return build_dual_encoder(self.preset, **overrides)
+        return DualEncoder(self.resolve())

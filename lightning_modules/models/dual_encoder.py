@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_modules.models.config import DualEncoderConfig, resolve_config
 from lightning_modules.models.text import TextEncoder
+from lightning_modules.models.towers import Towers
 from lightning_modules.models.vision import VideoEncoder
 
 MAX_LOG_SCALE = math.log(100.0)  # CLIP's bound on the inverse temperature
@@ -37,7 +37,7 @@ class _ClampInward(torch.autograd.Function):
         return grad.masked_fill(outward, 0.0)
 
 
-class DualEncoder(nn.Module):
+class DualEncoder(Towers):
     """EVA02-AT, or a CLIP ViT baseline: clips and sentences into one space.
 
     Attributes:
@@ -63,21 +63,9 @@ class DualEncoder(nn.Module):
             activation_checkpointing=config.activation_checkpointing,
         )
         if config.compile_blocks:
-            self._compile_blocks()
+            self.compile_blocks()
         self.logit_scale = nn.Parameter(torch.empty(1))
         self._init_logit_scale()
-
-    def _compile_blocks(self) -> None:
-        """Compile every block in place: names and checkpoints stay as they are.
-
-        All blocks of a tower share one graph, and the last has another. With stochastic depth
-        each block's rate makes a graph of its own, more than PyTorch's default limit of 8.
-        """
-        blocks = [*self.visual.blocks, *self.text.blocks]
-        limit = torch._dynamo.config.recompile_limit
-        torch._dynamo.config.recompile_limit = max(limit, len(blocks) + 8)
-        for block in blocks:
-            block.compile()
 
     def init_weights(self) -> None:
         """Initialise every parameter anew."""
@@ -119,43 +107,6 @@ class DualEncoder(nn.Module):
         """
         scale = _ClampInward.apply(self.logit_scale).exp()
         return self.encode_video(video), self.encode_text(tokens), scale
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that no recipe decays: biases, norms, positions, temperature."""
-        positions = ("cls_token", "pos_embed", "temporal_embed", "positional_embedding")
-        return {
-            name
-            for name, parameter in self.named_parameters()
-            if parameter.dim() < 2 or name.rsplit(".", 1)[-1] in positions
-        }
-
-    @property
-    def num_layers(self) -> int:
-        """Blocks of the deeper tower: `layer_id` runs from 0 to num_layers + 1."""
-        return max(len(self.visual.blocks), len(self.text.blocks))
-
-    def layer_id(self, name: str) -> int:
-        """Return the layer of a parameter for layer-wise learning-rate decay.
-
-        Args:
-            name: As in `named_parameters()`.
-
-        Returns:
-            num_layers + 1 for the final norms, projections and temperature; i for the i-th block
-            from the input, counted so that both towers end at num_layers; one below a tower's
-            first block for its embeddings. The rate of layer i is decay^(num_layers + 1 - i).
-
-        Raises:
-            ValueError: if the name is no parameter of this model.
-        """
-        match = re.fullmatch(r"(visual|text)\.(\w+)(?:\.(\d+))?.*", name)
-        if name == "logit_scale" or (match and match[2] in ("norm", "head")):
-            return self.num_layers + 1
-        if match is None:
-            raise ValueError(f"{name!r} is no parameter of this model")
-        depth = len(getattr(self, match[1]).blocks)
-        first = self.num_layers - depth
-        return first + 1 + int(match[3]) if match[2] == "blocks" else first
 
 
 def _normalize(features: Tensor) -> Tensor:

@@ -1,13 +1,12 @@
 """Each benchmark on annotations made up by hand: data, prompts, prediction, figures, traps."""
 
-import csv
 import json
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from epic_files import HEADER, write_retrieval_split
+from epic_files import write_recognition_split, write_retrieval_split
 from retrieval_protocol import protocol, relevance_of_sets
 
 from datamodules.manifest import ClipRecord
@@ -74,24 +73,9 @@ class TestEK100Retrieval:
 class TestEK100Recognition:
     @pytest.fixture
     def folder(self, tmp_path):
-        def write(name: str, rows: list[tuple[str, int, int]]) -> None:
-            with (tmp_path / f"EPIC_100_{name}.csv").open("w", newline="") as file:
-                file.write(HEADER + "\n")
-                for number, (text, verb, noun) in enumerate(rows):
-                    who = (f"{name}_{number}", "P01", "P01_01", "00:00:01.0", "00:00:01.0")
-                    what = (
-                        "00:00:02.0",
-                        1,
-                        2,
-                        text,
-                        "v",
-                        verb,
-                        "n",
-                        noun,
-                        "['n']",
-                        f"[{noun}, 77]",
-                    )
-                    csv.writer(file).writerow([*who, *what])
+        def write(split: str, rows: list[tuple[str, int, int]]) -> None:
+            whole = [(text, verb, noun, [noun, 77]) for text, verb, noun in rows]
+            write_recognition_split(tmp_path, split, whole)
 
         write("train", [("open door", 3, 8), ("open the door", 3, 8), ("open door", 3, 8)])
         write("validation", [("take pan", 0, 10), ("open a door", 3, 8), ("cut onion", 10, 2)])

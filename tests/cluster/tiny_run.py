@@ -19,6 +19,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from datamodules.loader import PlaceLoader
 from lightning_modules.training.checkpointing import SafeCheckpoints
 from lightning_modules.training.csv_log import AppendingCSVLogger
 from lightning_modules.training.ema import WeightAverage
@@ -56,6 +57,11 @@ class Samples(Dataset):
         return GLOBAL_BATCH * STEPS_PER_EPOCH
 
 
+class Batches(Dataset):
+    def __getitem__(self, place):
+        return collate([Samples()[index] for index in place])
+
+
 class Order:
     """Batches of this rank as a function of (epoch, step); starts where the run stopped."""
 
@@ -72,11 +78,6 @@ class Order:
         for step in range(first, STEPS_PER_EPOCH):
             start = step * GLOBAL_BATCH + rank * size
             yield [(epoch, start + i) for i in range(size)]
-
-
-def ignore_stop_signals(worker: int) -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 class TinyData(LightningDataModule):
@@ -100,12 +101,8 @@ class TinyData(LightningDataModule):
         self.position = (state["epoch"], state["samples"] // GLOBAL_BATCH)
 
     def train_dataloader(self):
-        return DataLoader(
-            Samples(),
-            batch_sampler=Order(self),
-            collate_fn=collate,
-            num_workers=self.workers,
-            worker_init_fn=ignore_stop_signals if self.workers else None,
+        return PlaceLoader(
+            Batches(), lambda: Order(self), STEPS_PER_EPOCH, num_workers=self.workers
         )
 
     def val_dataloader(self):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import make_records
 from test_shards import foreign_tar
+from torch.utils.data._utils import signal_handling
 
 import datamodules.stream
 from datamodules.faults import FaultMonitor, TooManyDamagedSamples
@@ -169,6 +170,21 @@ def test_a_killed_loader_worker_is_reported_with_its_sample(shards, monkeypatch)
     monkeypatch.setattr(datamodules.stream, "decode_frames", deadly)
     with pytest.raises(RuntimeError, match=r"worker 0 \(exit code -11\) was at sample 0000000\d\d"):
         list(pretrain(shards, num_workers=1).train_dataloader())
+
+
+def test_a_worker_outlives_a_signal_that_comes_while_it_starts(shards, monkeypatch):
+    """The trainer stops on SIGTERM by itself; a worker that died of it would end the run."""
+    start = signal_handling._set_worker_signal_handlers  # the first thing that a worker does
+
+    def struck() -> None:
+        start()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(signal_handling, "_set_worker_signal_handlers", struck)
+    settings = {"num_frames": 1, "image_size": 32, "num_workers": 2}
+    module = PretrainDataModule([str(shards)], global_batch_size=8, **settings)
+    assert len(list(module.train_dataloader())) == 4
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())  # in this process nothing is held back
 
 
 def test_untrusted_tars_are_probed_where_a_crash_does_no_harm(videos, tmp_path):

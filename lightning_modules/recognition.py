@@ -1,0 +1,151 @@
+"""Action recognition (EK-100 CLS): fine-tuning with a head of its own, and its evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric, MetricCollection
+
+from datamodules.annotations.epic import read_actions
+from datamodules.batch import ClipBatch, TextBatch
+from lightning_modules.base import load_initial_weights
+from lightning_modules.metrics.functional.recognition import action_hits
+from lightning_modules.models import DualEncoder, ModelConfig, VideoClassifier
+from lightning_modules.training.optim import OptimizerConfig, configure_optimizers
+
+_FIGURES = [f"{kind}_top{k}" for kind in ("action", "verb", "noun") for k in (1, 5)]
+
+
+class RecognitionModule(LightningModule):
+    """Fine-tune the video tower to name verb, noun and action.
+
+    One head gives the logits of all actions (`read_actions`: 3,806 in EK-100); verbs and nouns come
+    from marginalising their softmax. Evaluation logs top-1 and top-5 in percent under `val/` or
+    `test/`.
+
+    Args:
+        model: The dual encoder to start from; its text tower is not kept.
+        annotations: Folder of `EPIC_100_train.csv` and `EPIC_100_validation.csv`.
+        optimizer: Optimiser and schedule.
+        init_checkpoint: As in `DualEncoderModule`.
+        label_smoothing: Of the cross entropy.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        annotations: str,
+        optimizer: OptimizerConfig,
+        init_checkpoint: str | None = None,
+        label_smoothing: float = 0.1,
+    ) -> None:
+        super().__init__()
+        actions = read_actions(annotations)
+        verbs = torch.tensor([action.verb_class for action in actions])
+        nouns = torch.tensor([action.noun_class for action in actions])
+        table = torch.full((int(verbs.max()) + 1, int(nouns.max()) + 1), -1)
+        table[verbs, nouns] = torch.arange(len(actions))
+        self.verb_of_action: Tensor
+        self.noun_of_action: Tensor
+        self.action_table: Tensor
+        self.register_buffer("verb_of_action", verbs, persistent=False)
+        self.register_buffer("noun_of_action", nouns, persistent=False)
+        self.register_buffer("action_table", table, persistent=False)
+        self.model = VideoClassifier(model.resolve(), len(actions))
+        self.optimizer_config = optimizer
+        self.init_checkpoint = init_checkpoint
+        self.label_smoothing = label_smoothing
+        metrics: dict[str, Metric | MetricCollection] = {name: MeanMetric() for name in _FIGURES}
+        self.hits = MetricCollection(metrics, compute_groups=False)
+
+    def configure_model(self) -> None:
+        """Load the initial weights, once, unless the run resumes."""
+        path, self.init_checkpoint = self.init_checkpoint, None
+        if path is None or (self._trainer is not None and self._trainer.ckpt_path is not None):
+            return
+        pretrained = DualEncoder(self.model.config)
+        load_initial_weights(path, pretrained)
+        self.model.start_from(pretrained.visual)
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimiser and its per-step schedule over the whole run."""
+        return configure_optimizers(self, self.model, self.optimizer_config)
+
+    def forward(self, batch: ClipBatch) -> Tensor:
+        """(B, actions) logits."""
+        return self.model(batch.video)
+
+    def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
+        """Return the cross entropy of the clips' actions."""
+        loss = F.cross_entropy(
+            self(batch), self._actions(batch), label_smoothing=self.label_smoothing
+        )
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
+        return loss
+
+    def validation_step(
+        self, batch: ClipBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Count one batch's hits."""
+        self._count(batch)
+
+    def test_step(
+        self, batch: ClipBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Count one batch's hits."""
+        self._count(batch)
+
+    def predict_step(
+        self, batch: ClipBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor] | None:
+        """Return the batch's logits and identities, padding rows left out."""
+        if isinstance(batch, TextBatch):
+            return None
+        return {"logits": self(batch)[batch.mask], "index": batch.clip_index[batch.mask]}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the accuracies."""
+        self._log_accuracies("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the accuracies."""
+        self._log_accuracies("test")
+
+    def _actions(self, batch: ClipBatch) -> Tensor:
+        """(B,) the clips' actions.
+
+        Raises:
+            ValueError: A clip has none of the annotations' actions.
+        """
+        verbs, nouns = batch.verb_classes[:, 0], batch.noun_classes[:, 0]  # the main noun is first
+        rows, columns = self.action_table.shape
+        known = (verbs >= 0) & (verbs < rows) & (nouns >= 0) & (nouns < columns)
+        actions = torch.where(known, self.action_table[verbs % rows, nouns % columns], -1)
+        if (actions[batch.mask] < 0).any():
+            first = int((batch.mask & (actions < 0)).nonzero()[0])
+            raise ValueError(
+                f"clip {batch.keys[first]!r} has verb {int(verbs[first])} and noun "
+                f"{int(nouns[first])}, which is no action of the annotations; build the shards "
+                "from the EPIC_100_train.csv and EPIC_100_validation.csv that `annotations` holds"
+            )
+        return actions
+
+    @torch.no_grad()
+    def _count(self, batch: ClipBatch | TextBatch) -> None:
+        if isinstance(batch, TextBatch):  # the sentences of a retrieval split have no part in it
+            return
+        own, actions = batch.mask, self._actions(batch)
+        found = action_hits(
+            self(batch)[own], actions[own], self.verb_of_action, self.noun_of_action
+        )
+        for name, hit in found.items():
+            self.hits[name].update(100 * hit.double())
+
+    def _log_accuracies(self, stage: str) -> None:
+        for name, value in self.hits.compute().items():
+            self.log(f"{stage}/{name}", float(value), rank_zero_only=False)
+        self.hits.reset()
