@@ -185,19 +185,22 @@ def build_cli(words: list[str]) -> RecipeCLI:
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        return RecipeCLI(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            save_config_callback=None,
-            seed_everything_default=0,
-            trainer_defaults=TRAINER_DEFAULTS,
-            parser_kwargs={"parser_mode": "omegaconf+"},
-            run=False,
-            args=words,
-        )
+        try:
+            return RecipeCLI(
+                LightningModule,
+                LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                save_config_callback=None,
+                seed_everything_default=0,
+                trainer_defaults=TRAINER_DEFAULTS,
+                parser_kwargs={"parser_mode": "omegaconf+"},
+                run=False,
+                args=words,
+            )
+        except ValueError as error:  # what a class says of its arguments comes wrapped
+            raise ValueError(_shorten(str(error))) from error
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:
@@ -212,30 +215,32 @@ def _save_config(cli: RecipeCLI) -> None:
 
 
 def _save_predictions(trainer: Trainer, batches: list[Any], run_dir: Path) -> None:
-    """Write every rank's embeddings as one file, each row once, in the order of the index."""
+    """Write every rank's embeddings (or logits) as one file, each row once, in index order."""
     loaders = batches if batches and isinstance(batches[0], list) else [batches]
     mine = [
-        {key: torch.cat([row[key] for row in loader]) for key in ("index", "embeddings")}
+        {key: torch.cat([row[key] for row in loader]) for key in loader[0]}
         for loader in loaders
+        if loader[0] is not None
     ]
-    torch.save(mine, run_dir / f".embeddings.{trainer.global_rank}.pt")
+    (kind,) = set(mine[0]) - {"index"}
+    torch.save(mine, run_dir / f".{kind}.{trainer.global_rank}.pt")
     trainer.strategy.barrier()
     if not trainer.is_global_zero:
         return
-    parts = [run_dir / f".embeddings.{rank}.pt" for rank in range(trainer.world_size)]
+    parts = [run_dir / f".{kind}.{rank}.pt" for rank in range(trainer.world_size)]
     ranks = [torch.load(part, weights_only=True) for part in parts]
     merged = {}
     for number, modality in enumerate(("video", "text")[: len(mine)]):
         index = torch.cat([rank[number]["index"] for rank in ranks])
-        rows = torch.cat([rank[number]["embeddings"] for rank in ranks])
+        rows = torch.cat([rank[number][kind] for rank in ranks])
         order = index.argsort()
-        merged[modality] = {"index": index[order], "embeddings": rows[order]}
-    path = run_dir / "embeddings.pt"
+        merged[modality] = {"index": index[order], kind: rows[order]}
+    path = run_dir / f"{kind}.pt"
     torch.save(merged, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
     for part in parts:
         part.unlink()
-    print(f"embeddings in {path}")
+    print(f"{kind} in {path}")
 
 
 def _save_figures(result: list[Any], path: Path) -> None:

@@ -113,3 +113,16 @@ def test_a_mistyped_key_is_named_with_the_nearest(word: str, named: str):
         parse(ROOT / "configs" / "mir" / "eva02_at_base_sms.yaml", words=[word])
     assert named in str(error.value)
     assert len(str(error.value)) < 400  # the cause, not the whole usage
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("--model.model.preset=eva02", "unknown preset 'eva02'; one of: "),
+        ("--model.micro_batch=0", "micro_batch is 0; "),
+    ],
+)
+def test_a_value_that_a_class_refuses_is_one_line(word: str, told: str):
+    with pytest.raises(ValueError) as error:
+        parse(ROOT / "configs" / "mir" / "eva02_at_base_sms.yaml", words=[word])
+    assert str(error.value).startswith(told) and "\n" not in str(error.value)

@@ -107,6 +107,9 @@ def test_the_recipe_learns_from_a_pretrained_tower_and_is_tested(tmp_path, annot
     # 15 of 16: one clip lies across the change
     assert figures["test/action_top1"] > 90 and figures["test/verb_top1"] > 90
     assert figures["test/noun_top5"] == 100
+    assert main(["predict", *common, f"--ckpt_path={run / 'checkpoints'}"]) == 0
+    saved = torch.load(run / "logits.pt")["video"]
+    assert saved["index"].tolist() == list(range(16)) and saved["logits"].shape == (16, 2)
 
 
 def test_a_pretrained_tower_comes_without_its_projection(tmp_path, annotations):
