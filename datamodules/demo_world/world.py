@@ -57,7 +57,7 @@ class WorldOptions:
     """
 
     seed: int = 0
-    num_pretrain: int = 3840
+    num_pretrain: int = 4800
     num_train: int = 1200
     num_test: int = 288
     height: int = 96

@@ -65,6 +65,36 @@ def test_a_recipe_that_is_stopped_goes_on_exactly(zygote, tmp_path, recipe, stra
     assert float(speeds[-1]["speed/lr"]) < float(speeds[5]["speed/lr"])  # the cosine falls
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("strategy", "option"),
+    [
+        ("zero2", "--model.micro_batch=2"),  # GradCache
+        *(
+            pytest.param(strategy, option, marks=pytest.mark.slow)
+            for strategy, option in (
+                ("ddp", "--model.micro_batch=2"),
+                ("zero1", "--model.micro_batch=2"),
+                ("zero3", "--model.micro_batch=2"),
+                ("zero2", "--config=configs/strategy/zero2_offload.yaml"),
+                ("zero3", "--config=configs/strategy/zero3_offload.yaml"),
+                ("zero3", "--model.model.activation_checkpointing=true"),
+            )
+        ),
+    ],
+)
+def test_what_saves_memory_changes_no_loss(zygote, tmp_path, recipe, strategy, option):
+    exact = ["--trainer.precision=32-true", "--model.model.patch_dropout=0"]
+    for name, more in (("plain", []), ("saving", [option])):
+        argv = [*words(recipe, tmp_path / name, strategy), *exact, *more]
+        done = zygote.start(tmp_path / f"{name}.txt", world=2, argv=argv)
+        assert done.wait() == [0, 0], done.text()
+    plain, saving = losses(tmp_path / "plain"), losses(tmp_path / "saving")
+    assert len(plain) == 12
+    for (step, loss), (same, other) in zip(plain, saving, strict=True):
+        assert step == same and float(loss) == pytest.approx(float(other), abs=2e-5)
+
+
 @pytest.mark.parametrize(
     ("given", "kinds"),
     [

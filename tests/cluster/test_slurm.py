@@ -79,16 +79,17 @@ def test_a_preempted_job_is_requeued_and_nothing_changes(slurm, tmp_path, untouc
     assert curve(tmp_path) == untouched(strategy, epochs=EPOCHS)[0]
 
 
-def test_a_job_at_its_time_limit_saves_and_is_requeued(slurm, tmp_path, untouched):
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
+def test_a_job_at_its_time_limit_saves_and_is_requeued(slurm, tmp_path, untouched, strategy):
     """SLURM sends SIGUSR1 to the tasks 95 s before the limit: some 25 s after each start."""
     words = ("--partition=low", "--time=2", "--signal=SIGUSR1@95")
-    job = submit(slurm, tmp_path, *words, strategy="ddp", trouble={"pause_s": 1.6}, **REAL)
+    job = submit(slurm, tmp_path, *words, strategy=strategy, trouble={"pause_s": 1.6}, **REAL)
     ended = slurm.wait_for(job, "COMPLETED", "FAILED", seconds=280)
     assert ended == "COMPLETED", log(tmp_path)
     assert log(tmp_path).count("after exit code 85") >= 1
     assert "fault" not in log(tmp_path)
     assert len(steps(tmp_path)) == TOTAL
-    assert curve(tmp_path) == untouched("ddp")[0]
+    assert curve(tmp_path) == untouched(strategy)[0]
 
 
 def test_a_users_mistake_is_not_tried_again_and_a_fault_only_so_often(slurm, tmp_path):
