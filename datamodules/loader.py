@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -62,9 +63,9 @@ class PlaceLoader:
             num_workers=self.num_workers,
             prefetch_factor=self.prefetch if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_heed_the_trainer_alone,
         )
-        with _signals_held_back():  # until the workers, which inherit this, ignore them
+        with _signals_held_back():  # the workers inherit this
             batches = iter(loader)
         if self.num_workers:
             _leave_deaths_to_the_queue()
@@ -126,7 +127,19 @@ def _signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _ignore_signals(worker: int) -> None:
-    for number in _TRAINERS_SIGNALS:
+def _heed_the_trainer_alone(worker: int) -> None:
+    """Ignore the trainer's signals, but end on a SIGTERM that the trainer itself sends.
+
+    Python sends one to the workers that are left when it exits, and then waits for them.
+    """
+    ignored = [number for number in _TRAINERS_SIGNALS if number != signal.SIGTERM]
+    for number in ignored:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _TRAINERS_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)
+    threading.Thread(target=_end_on_the_trainers_word, daemon=True).start()
+
+
+def _end_on_the_trainers_word() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -185,6 +187,19 @@ def test_a_worker_outlives_a_signal_that_comes_while_it_starts(shards, monkeypat
     module = PretrainDataModule([str(shards)], global_batch_size=8, **settings)
     assert len(list(module.train_dataloader())) == 4
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())  # in this process nothing is held back
+
+
+def test_a_process_with_workers_left_ends(shards):
+    """As a run does that was stopped: Python waits for its workers at exit."""
+    program = f"""
+from datamodules.pretrain import PretrainDataModule
+data = PretrainDataModule([{str(shards)!r}], global_batch_size=4, num_frames=1, image_size=32,
+                          num_workers=2)
+batches = iter(data.train_dataloader())
+next(batches)
+raise SystemExit(85)
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 85
 
 
 def test_untrusted_tars_are_probed_where_a_crash_does_no_harm(videos, tmp_path):
