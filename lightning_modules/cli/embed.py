@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from lightning_modules.inference.embedding import Embedded, Embedder
 from lightning_modules.inference.files import write_whole
 from lightning_modules.inference.videos import Unreadable, Window, find_videos, read_clip_list
 
-_SUFFIXES = (".pt", ".npy")
+_SUFFIXES = (".pt", ".npy", ".parquet")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,8 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         type=Path,
         metavar="PATH",
-        help="FILE.pt or FILE.npy, with FILE.json naming the window of each row; or a folder, "
-        "which gets one VIDEO.pt a video (those already there are kept)",
+        help="FILE.pt, FILE.npy or FILE.parquet, with FILE.json naming the window of each row; or "
+        "a folder, which gets one VIDEO.pt a video (those already there are kept)",
     )
     add_video_options(parser)
     add_model_options(parser)
@@ -70,7 +71,9 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     output: Path = options.output
     if output.suffix not in ("", *_SUFFIXES):
-        raise ValueError(f"output {output} must end in {' or '.join(_SUFFIXES)}, or be a folder")
+        raise ValueError(f"output {output} must end in {', '.join(_SUFFIXES)}, or be a folder")
+    if output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ValueError(f"output {output} needs pyarrow: pip install 'eva02-at[parquet]'")
     clip_list = [place for place in options.videos if place.endswith(".csv")]
     if clip_list and (len(options.videos) > 1 or options.rate is not None or not output.suffix):
         raise ValueError(
@@ -151,7 +154,22 @@ def _write(options: argparse.Namespace, embedder: Embedder, result: Embedded) ->
         "unreadable": [str(problem) for problem in result.unreadable],
     }
     write_atomically(output.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
-    _save_tensor(result.embeddings, output)
+    if output.suffix == ".parquet":
+        _save_table(result, output)
+    else:
+        _save_tensor(result.embeddings, output)
+
+
+def _save_table(result: Embedded, path: Path) -> None:
+    """Write the windows and their embeddings as the columns of one Parquet file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = pyarrow.Table.from_pylist([_row(window) for window in result.windows])
+    values = pyarrow.array(result.embeddings.flatten().numpy())
+    rows = pyarrow.FixedSizeListArray.from_arrays(values, result.embeddings.shape[1])
+    table = columns.append_column("embedding", rows)
+    write_whole(path, lambda temporary: parquet.write_table(table, temporary))
 
 
 def _save_tensor(embeddings: Tensor, path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from published_layouts import EVA, VIT, random_model
+from pyarrow import parquet
 from small_videos import write_video
 
 from datamodules.decode import decode_frames, resize_and_centre_crop
@@ -44,6 +45,18 @@ def whole_clip(model: DualEncoder, path: Path) -> torch.Tensor:
     frames = resize_and_centre_crop(decode_frames(path.read_bytes(), 4), 16)
     with torch.inference_mode():
         return model.encode_video(frames[None])[0]
+
+
+def test_a_parquet_file_holds_windows_and_embeddings(tmp_path: Path, model: DualEncoder) -> None:
+    path = write_video(tmp_path / "v.mp4", 30)
+    words = ["--videos", path, "--rate", "2", "--frames", "2"]
+    for name in ("f.parquet", "f.npy"):
+        assert embed(tmp_path, *words, "--output", tmp_path / name) == 0
+    table = parquet.read_table(tmp_path / "f.parquet")
+    rows, about = np.load(tmp_path / "f.npy"), json.loads((tmp_path / "f.json").read_text())
+    assert len(rows) > 1
+    assert table.select(["video", "start_s", "end_s"]).to_pylist() == about["windows"]
+    assert np.array_equal(np.array(table["embedding"].to_pylist(), dtype=np.float32), rows)
 
 
 def test_clips_of_a_folder(tmp_path: Path, model: DualEncoder, capsys) -> None:
@@ -140,7 +153,7 @@ def test_mistakes_are_one_line(
     (tmp_path / "bad.mp4").write_bytes(b"nothing")
     out = ["--output", tmp_path / "f.pt"]
     for words, message in [
-        (["--videos", video, "--output", tmp_path / "f.parquet"], "must end in .pt or .npy"),
+        (["--videos", video, "--output", tmp_path / "f.csv"], "must end in .pt, .npy, .parquet"),
         (["--videos", tmp_path / "nowhere", *out], "no such file or folder"),
         (["--videos", tmp_path / "clips.csv", video, *out], "stands alone"),
         (["--videos", video, "--rate", "0", *out], "rate is 0.0; it must be positive"),
