@@ -11,6 +11,7 @@ import torch.distributed
 from lightning import LightningDataModule, Trainer
 
 from datamodules.annotations.epic import read_retrieval_clips, read_sentences, retrieval_files
+from datamodules.decode import Decoder
 from datamodules.faults import FaultMonitor
 from datamodules.loader import PlaceLoader
 from datamodules.manifest import load_records
@@ -71,27 +72,48 @@ class StreamDataModule(LightningDataModule):
     trainer's counters of finished batches; whatever loaders have prefetched does not count.
 
     Subclasses give `train_manifests`, `train_weights`, `choose_text` and the evaluation splits.
+
+    Args:
+        global_batch_size: Pairs a step over all ranks. It belongs to the recipe; each rank's share
+            follows from the number of ranks, so that a run may move to more or fewer GPUs.
+        eval_batch_size: Clips, or sentences, a rank and batch in evaluation.
+        num_frames: Frames a clip.
+        image_size: Side of the frames in pixels.
+        crop_scale: Least and greatest share of the frame's area for the random crop.
+        num_workers: Loader processes a rank; 0 reads in the trainer's own.
+        prefetch: Batches that each of them prepares ahead.
+        seed: Seed of order, crops, frames and texts.
+        lanes: Canonical streams; see `datamodules.order`.
+        shuffle_window: Samples of a lane that are permuted together; see `datamodules.order`.
+        max_fault_rate: Share of damaged samples above which the run ends.
+        accept_changed_data: Resume although the data or the batch size is not the checkpoint's.
+        decoder: `decord`, or `torchcodec` where it is installed.
+        cache_dir: Folder for copies of remote shards; needed if a manifest is a URL.
+        cache_gb: How much it may hold.
     """
 
     def __init__(
         self,
         *,
-        clip_options: ClipOptions,
         global_batch_size: int,
         eval_batch_size: int,
-        num_workers: int,
-        prefetch: int,
-        seed: int,
-        lanes: int | None,
-        shuffle_window: int | None,
-        max_fault_rate: float,
-        accept_changed_data: bool,
-        cache_dir: str | None,
-        cache_gb: float,
+        num_frames: int,
+        image_size: int = 224,
+        crop_scale: tuple[float, float] = (0.5, 1.0),
+        num_workers: int = 8,
+        prefetch: int = 2,
+        seed: int = 0,
+        lanes: int | None = None,
+        shuffle_window: int | None = None,
+        max_fault_rate: float = 0.01,
+        accept_changed_data: bool = False,
+        decoder: Decoder = "decord",
+        cache_dir: str | None = None,
+        cache_gb: float = 100.0,
     ) -> None:
         super().__init__()
         self.cache = None if cache_dir is None else FileCache(cache_dir, int(cache_gb * 1e9))
-        self.clip_options = clip_options
+        self.clip_options = ClipOptions(num_frames, image_size, crop_scale, decoder)
         self.global_batch_size, self.eval_batch_size = global_batch_size, eval_batch_size
         self.num_workers, self.prefetch, self.seed = num_workers, prefetch, seed
         self.lanes, self.shuffle_window = lanes, shuffle_window

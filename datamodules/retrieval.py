@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from datamodules.decode import Decoder
 from datamodules.manifest import ClipRecord
 from datamodules.module import RetrievalSplit, StreamDataModule
 from datamodules.order import IntArray
-from datamodules.stream import ChooseText, ClipOptions, Narration
+from datamodules.stream import ChooseText, Narration
 
 
 class NarrationMiner:
@@ -85,18 +85,7 @@ class RetrievalDataModule(StreamDataModule):
             follows from the number of ranks, so that a run may move to more or fewer GPUs.
         eval_batch_size: Clips, or sentences, a rank and batch in evaluation.
         num_frames: Frames a clip.
-        image_size: Side of the frames in pixels.
-        crop_scale: Least and greatest share of the frame's area for the random crop.
-        num_workers: Loader processes a rank; 0 reads in the trainer's own.
-        prefetch: Batches that each of them prepares ahead.
-        seed: Seed of order, crops, frames and texts.
-        lanes: Canonical streams; see `datamodules.order`.
-        shuffle_window: Samples of a lane that are permuted together; see `datamodules.order`.
-        max_fault_rate: Share of damaged samples above which the run ends.
-        accept_changed_data: Resume although the data or the batch size is not the checkpoint's.
-        decoder: `decord`, or `torchcodec` where it is installed.
-        cache_dir: Folder for copies of remote shards; needed if a manifest is a URL.
-        cache_gb: How much it may hold.
+        **options: As `StreamDataModule`.
     """
 
     def __init__(
@@ -108,32 +97,13 @@ class RetrievalDataModule(StreamDataModule):
         global_batch_size: int = 256,
         eval_batch_size: int = 32,
         num_frames: int = 16,
-        image_size: int = 224,
-        crop_scale: tuple[float, float] = (0.5, 1.0),
-        num_workers: int = 8,
-        prefetch: int = 2,
-        seed: int = 0,
-        lanes: int | None = None,
-        shuffle_window: int | None = None,
-        max_fault_rate: float = 0.01,
-        accept_changed_data: bool = False,
-        decoder: Decoder = "decord",
-        cache_dir: str | None = None,
-        cache_gb: float = 100.0,
+        **options: Any,
     ) -> None:
         super().__init__(
-            clip_options=ClipOptions(num_frames, image_size, crop_scale, decoder),
             global_batch_size=global_batch_size,
             eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            prefetch=prefetch,
-            seed=seed,
-            lanes=lanes,
-            shuffle_window=shuffle_window,
-            max_fault_rate=max_fault_rate,
-            accept_changed_data=accept_changed_data,
-            cache_dir=cache_dir,
-            cache_gb=cache_gb,
+            num_frames=num_frames,
+            **options,
         )
         self.min_relevance = min_relevance
         self.train_split, self.val_split, self.test_split = train, val, test

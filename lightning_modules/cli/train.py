@@ -52,7 +52,7 @@ class RecipeParser(lightning_cli.LightningArgumentParser):
         found = re.search(
             r"(?:[Oo]ption|[Kk]ey|arguments:) ['\"]?-*([\w.]+)['\"]?(?: is not|=|$)", message
         ) or re.search(r"does not accept option '([\w.]+)'", message)
-        if not found:
+        if not found or "Did you mean" in message:  # jsonargparse's own
             return ""
         keys = {
             name
