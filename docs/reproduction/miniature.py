@@ -13,11 +13,11 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,11 +41,22 @@ SMS = "SymmetricMultiSimilarityLoss"
 MIN_RELEVANCE = 0.1  # of a training pair of clip and narration, as in the paper
 PRETRAIN = ("--trainer.max_epochs=10",)
 FINE_TUNE = ("--trainer.max_epochs=12", "--trainer.check_val_every_n_epoch=12")
-LOSSES = {  # name: class, margins tried, further arguments, the paper's mAP / nDCG (table V)
-    "MI-MM": ("MaxMarginLoss", (0.1, 0.2, 0.4), {}, "52.1 / 67.3"),
-    "adaptive MI-MM": ("AdaptiveMaxMarginLoss", (0.2, 0.4, 0.6), {}, "55.1 / 68.1"),
-    "SMS, tau = 0": (SMS, (0.6,), {"relaxation": 0.0}, "55.2 / 68.6"),
-    "SMS": (SMS, (0.4, 0.6, 0.8), {"relaxation": 0.1}, "57.0 / 69.2"),
+
+
+class Loss(NamedTuple):
+    """An arm of table V: its class, the margins tried, and the paper's mAP / nDCG."""
+
+    kind: str
+    margins: Sequence[float]
+    paper: str
+    more: tuple[str, ...] = ()
+
+
+LOSSES = {
+    "MI-MM": Loss("MaxMarginLoss", (0.1, 0.2, 0.4), "52.1 / 67.3"),
+    "adaptive MI-MM": Loss("AdaptiveMaxMarginLoss", (0.2, 0.4, 0.6), "55.1 / 68.1"),
+    "SMS, tau = 0": Loss(SMS, (0.6,), "55.2 / 68.6", ("--model.loss.relaxation=0",)),
+    "SMS": Loss(SMS, (0.4, 0.6, 0.8), "57.0 / 69.2"),
 }
 
 
@@ -69,10 +80,10 @@ class Miniature:
         world.make_videos()
         world.make_shards()
         modes = [(mode, seed) for seed in SEEDS for mode in TEMPORAL]
-        arms = [(name, margin) for name, (_, tried, _, _) in LOSSES.items() for margin in tried]
+        arms = [(name, margin) for name, loss in LOSSES.items() for margin in loss.margins]
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(lambda cell: self.pretrain(*cell), modes))
-            tuning = pool.map(lambda arm: self.fine_tune(*arm, SEEDS[0])["map"], arms)
+            tuning = pool.map(lambda arm: self.fine_tune(arm[0], arm[1], SEEDS[0])["map"], arms)
             found = dict(zip(arms, tuning, strict=True))
             best = {
                 name: max((m for n, m in arms if n == name), key=lambda m: found[name, m])
@@ -102,14 +113,14 @@ class Miniature:
 
     def fine_tune(self, name: str, margin: float, seed: int) -> dict[str, Any]:
         """Fine-tune the seed's pretrained model with a loss, and evaluate."""
-        kind, _, arguments, _ = LOSSES[name]
+        loss = LOSSES[name]
         label = name.replace(" ", "-").replace(",", "").replace("=-", "")
         run = self.out / f"loss-{label}-{margin}-{seed}"
         words = [
             f"--model.init_checkpoint={self.out / f'temporal-both-{seed}' / 'checkpoints'}",
-            f"--model.loss=lightning_modules.losses.{kind}",
+            f"--model.loss=lightning_modules.losses.{loss.kind}",
             f"--model.loss.margin={margin}",
-            *(f"--model.loss.{key}={value}" for key, value in arguments.items()),
+            *loss.more,
             f"--data.min_relevance={MIN_RELEVANCE}",
             *FINE_TUNE,
         ]
@@ -122,7 +133,7 @@ class Miniature:
 
         return self._cell(run.name, work)
 
-    def _cell(self, name: str, work: Any) -> dict[str, Any]:
+    def _cell(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         path = self.out / "cells" / f"{name}.json"
         if not path.is_file():
             figures = work()
@@ -169,7 +180,7 @@ class Miniature:
             _row(
                 f"{name}, {margin}",
                 [self.fine_tune(name, margin, seed) for seed in SEEDS],
-                LOSSES[name][3],
+                LOSSES[name].paper,
             )
             for name, margin in best.items()
         ]
@@ -178,8 +189,8 @@ class Miniature:
     def tuning_table(self) -> str:
         """mAP / nDCG of every margin tried, of the first seed."""
         lines = ["| loss | margin: mAP / nDCG |", "|---|---|"]
-        for name, (_, tried, _, _) in LOSSES.items():
-            cells = [(margin, self.fine_tune(name, margin, SEEDS[0])) for margin in tried]
+        for name, loss in LOSSES.items():
+            cells = [(m, self.fine_tune(name, m, SEEDS[0])) for m in loss.margins]
             told = [f"{margin}: {cell['map']:.1f} / {cell['ndcg']:.1f}" for margin, cell in cells]
             lines.append(f"| {name} | {', '.join(told)} |")
         return "\n".join(lines)
