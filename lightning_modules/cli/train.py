@@ -30,6 +30,7 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from datamodules.faults import TooManyDamagedSamples
 from lightning_modules.cli.output import write_atomically
 from lightning_modules.training.checkpoint_store import CheckpointFolder
 from lightning_modules.training.checkpointing import SafeCheckpoints
@@ -183,6 +184,8 @@ def build_cli(words: list[str]) -> RecipeCLI:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     warnings.filterwarnings("ignore", message="The number of training batches")
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+    # Metrics are computed over all ranks before they are logged.
+    warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\('(val|test)/")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         try:
@@ -287,8 +290,10 @@ def main(argv: list[str]) -> int:
     except RunStopped as stop:
         rank_zero_info(str(stop))
         return EXIT_REQUEUE
-    except NotFiniteError as error:
-        print(f"eva02-at: error: {error}", file=sys.stderr)
+    except (NotFiniteError, TooManyDamagedSamples) as error:
+        # out of a loader worker it comes with the worker's traceback in front
+        told = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
+        print(f"eva02-at: error: {told}", file=sys.stderr)
         return 1
     if verb == "predict":
         _save_predictions(cli.trainer, result, run_dir)

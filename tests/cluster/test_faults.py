@@ -13,6 +13,8 @@ import pytest
 from cluster_runs import run
 from tiny_run import steps
 
+from lightning_modules.cli.main import main
+
 TWO_STEPS = {"at": 1, "where": "train"}  # stop after steps 0 and 1
 
 
@@ -247,3 +249,18 @@ def test_only_the_newest_and_the_best_are_kept(zygote, tmp_path):
     assert len(kept) == 3 or scores["step-00000015"]["val/map_avg"] == max(
         row["val/map_avg"] for row in scores.values() if "val/map_avg" in row
     )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_much_damage_ends_a_run_with_one_line(recipe, tmp_path, capfd, workers):
+    shards = shutil.copytree(recipe.parent / "shards", tmp_path / "shards")
+    for tar in shards.glob("*.tar"):
+        tar.write_bytes(bytes(tar.stat().st_size))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.read_text().replace(str(recipe.parent / "shards"), str(shards)))
+    words = ["--config", str(file), f"--run_dir={tmp_path / 'run'}", "--trainer.devices=1"]
+    assert main(["fit", *words, f"--data.num_workers={workers}"]) == 1
+    told = capfd.readouterr().err
+    assert "Traceback" not in told
+    assert told.splitlines()[-1].startswith("eva02-at: error: 10 of ")
+    assert "max_fault_rate" in told.splitlines()[-1]
