@@ -95,7 +95,7 @@ def batch(verbs: list[list[int]], nouns: list[list[int]]) -> ClipBatch:
     )
 
 
-def test_the_recipe_learns_from_a_pretrained_tower_and_is_tested(tmp_path, annotations):
+def test_the_recipe_learns_from_a_pretrained_tower_and_is_tested(tmp_path, annotations, capsys):
     make_shards(tmp_path, annotations)
     pretrained = tmp_path / "pretrained.pt"
     torch.save(replace(TINY, embed_dim=256).build().state_dict(), pretrained)
@@ -110,6 +110,8 @@ def test_the_recipe_learns_from_a_pretrained_tower_and_is_tested(tmp_path, annot
     assert main(["predict", *common, f"--ckpt_path={run / 'checkpoints'}"]) == 0
     saved = torch.load(run / "logits.pt")["video"]
     assert saved["index"].tolist() == list(range(16)) and saved["logits"].shape == (16, 2)
+    assert main(["convert", f"--input={run}", f"--output={tmp_path / 'm.safetensors'}"]) == 2
+    assert "holds a video tower alone" in capsys.readouterr().err
 
 
 def test_a_pretrained_tower_comes_without_its_projection(tmp_path, annotations):
