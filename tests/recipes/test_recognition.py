@@ -111,7 +111,7 @@ def test_the_recipe_learns_from_a_pretrained_tower_and_is_tested(tmp_path, annot
     saved = torch.load(run / "logits.pt")["video"]
     assert saved["index"].tolist() == list(range(16)) and saved["logits"].shape == (16, 2)
     assert main(["convert", f"--input={run}", f"--output={tmp_path / 'm.safetensors'}"]) == 2
-    assert "holds a video tower alone" in capsys.readouterr().err
+    assert "a run of recognition, which keeps no text tower" in capsys.readouterr().err
 
 
 def test_a_pretrained_tower_comes_without_its_projection(tmp_path, annotations):
