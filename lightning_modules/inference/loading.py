@@ -140,8 +140,8 @@ def _check_nothing_is_random(report: LoadReport, path: Path) -> None:
         shown = ", ".join(random[:4]) + (f" and {len(random) - 4} more" if len(random) > 4 else "")
         raise ValueError(
             f"checkpoint {path} lacks {shown}, which would stay random. A file to start training "
-            "from goes into a recipe as model.init_args.init_checkpoint; a run of recognition, which "
-            "keeps no text tower, is measured with `eva02-at test`."
+            "from goes into a recipe as model.init_args.init_checkpoint; a run of recognition, "
+            "which keeps no text tower, is measured with `eva02-at test`."
         )
 
 
