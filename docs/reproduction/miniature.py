@@ -40,7 +40,7 @@ TEMPORAL = {  # mode: the paper's zero-shot mAP / nDCG (table IV)
 SMS = "SymmetricMultiSimilarityLoss"
 MIN_RELEVANCE = 0.1  # of a training pair of clip and narration, as in the paper
 PRETRAIN = ("--trainer.max_epochs=10",)
-FINE_TUNE = ("--trainer.max_epochs=12", "--trainer.check_val_every_n_epoch=12")
+FINE_TUNE = ("--trainer.max_epochs=9", "--trainer.check_val_every_n_epoch=9")
 
 
 class Loss(NamedTuple):
