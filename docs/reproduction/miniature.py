@@ -55,7 +55,7 @@ class Loss(NamedTuple):
 LOSSES = {
     "MI-MM": Loss("MaxMarginLoss", (0.1, 0.2, 0.4), "52.1 / 67.3"),
     "adaptive MI-MM": Loss("AdaptiveMaxMarginLoss", (0.2, 0.4, 0.6), "55.1 / 68.1"),
-    "SMS, tau = 0": Loss(SMS, (0.6,), "55.2 / 68.6", ("--model.loss.relaxation=0",)),
+    "SMS, tau = 0": Loss(SMS, (0.6, 0.8), "55.2 / 68.6", ("--model.loss.relaxation=0",)),
     "SMS": Loss(SMS, (0.4, 0.6, 0.8), "57.0 / 69.2"),
 }
 
