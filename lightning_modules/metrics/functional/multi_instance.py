@@ -267,7 +267,9 @@ def _score_queries(similarity: Tensor, relevance: Tensor, ranks: Tensor) -> tupl
         minlength=num_queries
     )
     discounted = sum_by_query(gain / (rank + 1).log2(), place < num_relevant[query])
-    ideal = sort_ascending_(relevance.clone()).double() @ (1 / (ranks + 1).log2()).flip(0)
+    # Not a matrix product: BLAS rounds by where in memory its operands lie.
+    best = sort_ascending_(relevance.clone()).double()
+    ideal = best.mul_((1 / (ranks + 1).log2()).flip(0)).sum(1)
     return average_precision, discounted / ideal
 
 
