@@ -15,6 +15,7 @@ from lightning_modules.checkpoints import load_clip_checkpoint
 from lightning_modules.inference.source import find_checkpoint
 from lightning_modules.metrics import MultiInstanceMAP, MultiInstanceNDCG
 from lightning_modules.models import DualEncoder, ModelConfig
+from lightning_modules.models.towers import Towers
 from lightning_modules.training.gradcache import encode_in_micro_batches
 from lightning_modules.training.optim import OptimizerConfig, configure_optimizers
 
@@ -26,7 +27,69 @@ def load_initial_weights(path: str, model: DualEncoder) -> None:
     rank_zero_info(f"initial weights of {source.path}: {report.summary()}")
 
 
-class DualEncoderModule(LightningModule):
+class TrainedModule(LightningModule):
+    """A model in training: its initial weights, its optimiser, and when it is evaluated.
+
+    Subclasses set `model` and give `load`, `collect` and `log_metrics`.
+
+    Args:
+        optimizer: Optimiser and schedule.
+        init_checkpoint: Weights to start from, used only where the run does not resume from a
+            checkpoint of its own.
+    """
+
+    model: Towers
+
+    def __init__(self, optimizer: OptimizerConfig, init_checkpoint: str | None) -> None:
+        super().__init__()
+        self.optimizer_config = optimizer
+        self.init_checkpoint = init_checkpoint
+
+    def load(self, path: str) -> None:
+        """Load initial weights."""
+        raise NotImplementedError
+
+    def collect(self, batch: ClipBatch | TextBatch) -> None:
+        """Take one batch of an evaluation, of clips or of sentences."""
+        raise NotImplementedError
+
+    def log_metrics(self, stage: str) -> None:
+        """Log what was collected, under `val/` or `test/`, and begin anew."""
+        raise NotImplementedError
+
+    def configure_model(self) -> None:
+        """Load the initial weights, once, unless the run resumes."""
+        path, self.init_checkpoint = self.init_checkpoint, None
+        if path is None or (self._trainer is not None and self._trainer.ckpt_path is not None):
+            return
+        self.load(path)
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimiser and its per-step schedule over the whole run."""
+        return configure_optimizers(self, self.model, self.optimizer_config)
+
+    def validation_step(
+        self, batch: ClipBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Collect one batch."""
+        self.collect(batch)
+
+    def test_step(
+        self, batch: ClipBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Collect one batch."""
+        self.collect(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics over everything that was collected."""
+        self.log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics over everything that was collected."""
+        self.log_metrics("test")
+
+
+class DualEncoderModule(TrainedModule):
     """A dual encoder in training: forward, optimiser and multi-instance retrieval evaluation.
 
     Subclasses give `training_step`. Evaluation expects two loaders, clips (`ClipBatch`) and
@@ -47,6 +110,8 @@ class DualEncoderModule(LightningModule):
         ValueError: `micro_batch` is not positive.
     """
 
+    model: DualEncoder
+
     def __init__(
         self,
         model: ModelConfig,
@@ -55,26 +120,17 @@ class DualEncoderModule(LightningModule):
         init_checkpoint: str | None = None,
         micro_batch: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, init_checkpoint)
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f"micro_batch is {micro_batch}; at least 1, or null for no splitting")
         self.micro_batch = micro_batch
         self.model = model.build()
         self.loss = loss
-        self.optimizer_config = optimizer
-        self.init_checkpoint = init_checkpoint
         self.metrics = MetricCollection({"map": MultiInstanceMAP(), "ndcg": MultiInstanceNDCG()})
 
-    def configure_model(self) -> None:
-        """Load the initial weights, once, unless the run resumes."""
-        path, self.init_checkpoint = self.init_checkpoint, None
-        if path is None or (self._trainer is not None and self._trainer.ckpt_path is not None):
-            return
+    def load(self, path: str) -> None:
+        """Load the whole dual encoder."""
         load_initial_weights(path, self.model)
-
-    def configure_optimizers(self) -> Any:
-        """Build the optimiser and its per-step schedule over the whole run."""
-        return configure_optimizers(self, self.model, self.optimizer_config)
 
     def forward(self, batch: ClipBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Embed a batch: (B, E) video and (B, E) text, L2-normalised, and the logit scale."""
@@ -90,18 +146,6 @@ class DualEncoderModule(LightningModule):
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=batch_size)
         return loss + 0.0 * logit_scale.float().sum()
 
-    def validation_step(
-        self, batch: ClipBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Collect one batch's embeddings, of clips or of sentences."""
-        self._collect(batch)
-
-    def test_step(
-        self, batch: ClipBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Collect one batch's embeddings, of clips or of sentences."""
-        self._collect(batch)
-
     def predict_step(
         self, batch: ClipBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, Tensor]:
@@ -109,21 +153,14 @@ class DualEncoderModule(LightningModule):
         embeddings, index, _ = self._embed(batch)
         return {"embeddings": embeddings[batch.mask].float(), "index": index[batch.mask]}
 
-    def on_validation_epoch_end(self) -> None:
-        """Log mAP and nDCG over everything that was collected."""
-        self._log_metrics("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log mAP and nDCG over everything that was collected."""
-        self._log_metrics("test")
-
     def _embed(self, batch: ClipBatch | TextBatch) -> tuple[Tensor, Tensor, str]:
         if isinstance(batch, ClipBatch):
             return self.model.encode_video(batch.video), batch.clip_index, "video"
         return self.model.encode_text(batch.tokens), batch.text_index, "text"
 
     @torch.no_grad()
-    def _collect(self, batch: ClipBatch | TextBatch) -> None:
+    def collect(self, batch: ClipBatch | TextBatch) -> None:
+        """Collect one batch's embeddings."""
         embeddings, index, modality = self._embed(batch)
         self.metrics.update(
             embeddings,
@@ -134,7 +171,8 @@ class DualEncoderModule(LightningModule):
             mask=batch.mask,
         )
 
-    def _log_metrics(self, stage: str) -> None:
+    def log_metrics(self, stage: str) -> None:
+        """Log mAP and nDCG in percent."""
         for name, metric in self.metrics.items(keep_base=True, copy_state=False):
             for direction, value in metric.compute().items():
                 self.log(f"{stage}/{name}_{direction}", float(value), rank_zero_only=False)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from lightning import LightningModule
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from datamodules.annotations.epic import read_actions
 from datamodules.batch import ClipBatch, TextBatch
-from lightning_modules.base import load_initial_weights
+from lightning_modules.base import TrainedModule, load_initial_weights
 from lightning_modules.metrics.functional.recognition import action_hits
 from lightning_modules.models import DualEncoder, ModelConfig, VideoClassifier
-from lightning_modules.training.optim import OptimizerConfig, configure_optimizers
+from lightning_modules.training.optim import OptimizerConfig
 
 _FIGURES = [f"{kind}_top{k}" for kind in ("action", "verb", "noun") for k in (1, 5)]
 
 
-class RecognitionModule(LightningModule):
+class RecognitionModule(TrainedModule):
     """Fine-tune the video tower to name verb, noun and action.
 
     One head gives the logits of all actions (`read_actions`: 3,806 in EK-100); verbs and nouns come
@@ -35,6 +32,8 @@ class RecognitionModule(LightningModule):
         label_smoothing: Of the cross entropy.
     """
 
+    model: VideoClassifier
+
     def __init__(
         self,
         model: ModelConfig,
@@ -43,7 +42,7 @@ class RecognitionModule(LightningModule):
         init_checkpoint: str | None = None,
         label_smoothing: float = 0.1,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, init_checkpoint)
         actions = read_actions(annotations)
         verbs = torch.tensor([action.verb_class for action in actions])
         nouns = torch.tensor([action.noun_class for action in actions])
@@ -56,24 +55,15 @@ class RecognitionModule(LightningModule):
         self.register_buffer("noun_of_action", nouns, persistent=False)
         self.register_buffer("action_table", table, persistent=False)
         self.model = VideoClassifier(model.resolve(), len(actions))
-        self.optimizer_config = optimizer
-        self.init_checkpoint = init_checkpoint
         self.label_smoothing = label_smoothing
         metrics: dict[str, Metric | MetricCollection] = {name: MeanMetric() for name in _FIGURES}
         self.hits = MetricCollection(metrics, compute_groups=False)
 
-    def configure_model(self) -> None:
-        """Load the initial weights, once, unless the run resumes."""
-        path, self.init_checkpoint = self.init_checkpoint, None
-        if path is None or (self._trainer is not None and self._trainer.ckpt_path is not None):
-            return
+    def load(self, path: str) -> None:
+        """Load a dual encoder and take its video tower."""
         pretrained = DualEncoder(self.model.config)
         load_initial_weights(path, pretrained)
         self.model.start_from(pretrained.visual)
-
-    def configure_optimizers(self) -> Any:
-        """Build the optimiser and its per-step schedule over the whole run."""
-        return configure_optimizers(self, self.model, self.optimizer_config)
 
     def forward(self, batch: ClipBatch) -> Tensor:
         """(B, actions) logits."""
@@ -87,18 +77,6 @@ class RecognitionModule(LightningModule):
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
         return loss
 
-    def validation_step(
-        self, batch: ClipBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Count one batch's hits."""
-        self._count(batch)
-
-    def test_step(
-        self, batch: ClipBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Count one batch's hits."""
-        self._count(batch)
-
     def predict_step(
         self, batch: ClipBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, Tensor] | None:
@@ -106,14 +84,6 @@ class RecognitionModule(LightningModule):
         if isinstance(batch, TextBatch):
             return None
         return {"logits": self(batch)[batch.mask], "index": batch.clip_index[batch.mask]}
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the accuracies."""
-        self._log_accuracies("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the accuracies."""
-        self._log_accuracies("test")
 
     def _actions(self, batch: ClipBatch) -> Tensor:
         """(B,) the clips' actions.
@@ -135,7 +105,8 @@ class RecognitionModule(LightningModule):
         return actions
 
     @torch.no_grad()
-    def _count(self, batch: ClipBatch | TextBatch) -> None:
+    def collect(self, batch: ClipBatch | TextBatch) -> None:
+        """Count one batch's hits."""
         if isinstance(batch, TextBatch):  # the sentences of a retrieval split have no part in it
             return
         own, actions = batch.mask, self._actions(batch)
@@ -145,7 +116,8 @@ class RecognitionModule(LightningModule):
         for name, hit in found.items():
             self.hits[name].update(100 * hit.double())
 
-    def _log_accuracies(self, stage: str) -> None:
+    def log_metrics(self, stage: str) -> None:
+        """Log the accuracies in percent."""
         for name, value in self.hits.compute().items():
             self.log(f"{stage}/{name}", float(value), rank_zero_only=False)
         self.hits.reset()
