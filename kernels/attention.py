@@ -5,8 +5,8 @@ Shape legend: B clips, S tokens (the CLS first), H heads, D head dim; q, k, v ar
 | backend | rotation | attention |
 |---|---|---|
 | reference | the equation, in float32 | the equation, in float32 |
-| sdpa | complex products in place | torch's scaled_dot_product_attention |
-| xformers | fused where Triton runs, else complex products | xformers' best operator |
+| sdpa | in place: in C on the CPU, else complex products | torch's scaled_dot_product_attention |
+| xformers | fused where Triton runs, else as sdpa | xformers' best operator |
 | triton | fused | xformers where it dispatches to FlashAttention 3, else torch's |
 """
 
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import xformers_door
+from kernels import c_rotation, xformers_door
 from kernels.rotation import fused_status, rotate, split_rotated
 from kernels.st_rope import StRopeTables, check_tables, rotate_reference
 
@@ -65,10 +65,11 @@ def available_backends(
     fused, fused_reason = fused_status(device.type)
     xformers = xformers_door.status(device, dtype, head_dim)
     library = "xformers" if xformers_door.prefers_flash3(device, dtype, head_dim) else "torch"
+    unfused = c_rotation.reason(dtype) if device.type == "cpu" else "rotation by complex products"
     return {
         "reference": BackendStatus(True, "the equations in plain PyTorch, float32, every device"),
         "sdpa": BackendStatus(
-            True, f"torch {torch.__version__} scaled_dot_product_attention; complex rotation"
+            True, f"torch {torch.__version__} scaled_dot_product_attention; {unfused}"
         ),
         "xformers": BackendStatus(*xformers),
         "triton": BackendStatus(

@@ -1,14 +1,22 @@
 """Each form of the rotation against the equation: values, gradients, memory, stray reads.
 
-`fused` runs in Triton's interpreter where there is no GPU (tests/conftest.py), else on the GPU.
+Each test runs once with each form. Triton's runs in its interpreter where there is no GPU
+(tests/conftest.py).
 """
 
 from __future__ import annotations
 
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 
-from kernels.rotation import pack_unrotated, rotate, rotate_packed_, split_rotated
+from kernels import c_rotation
+from kernels.attention import available_backends
+from kernels.rotation import _multiply_into, pack_unrotated, rotate, rotate_packed_, split_rotated
 from kernels.st_rope import StRopeTables, apply_st_rope, rotate_reference, st_rope_tables
 from lightning_modules.cli.bench.timing import peak_tensor_bytes
 
@@ -23,7 +31,18 @@ TOLERANCE = {
     torch.float16: 2**-10,
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FUSED = [False, True]
+
+
+@pytest.fixture(params=["complex", "c", "triton"])
+def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """What the operators are told: True for the Triton kernel; C is what a CPU takes by itself."""
+    if request.param == "c" and shutil.which("gcc") is None:
+        pytest.skip("needs gcc")
+    if request.param == "c":
+        assert "in C" in c_rotation.reason(torch.float32)
+    else:
+        monkeypatch.setattr(c_rotation, "_library", lambda: (None, "not in this test"))
+    return request.param == "triton"
 
 
 def inputs(shape: tuple, dtype: torch.dtype, batch: int = 2) -> tuple[StRopeTables, torch.Tensor]:
@@ -41,7 +60,6 @@ def assert_near(got: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("fused", FUSED)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients(shape: tuple, dtype: torch.dtype, fused: bool) -> None:
@@ -66,7 +84,6 @@ def test_values_and_gradients(shape: tuple, dtype: torch.dtype, fused: bool) -> 
     assert_near(leaf.grad, slow.grad.to(dtype).flatten(2))
 
 
-@pytest.mark.parametrize("fused", FUSED)
 def test_keys_alone(fused: bool) -> None:
     """The last block packs k and v only."""
     tables, packed = inputs(SHAPES[0], torch.float32)
@@ -83,7 +100,6 @@ def test_keys_alone(fused: bool) -> None:
     assert torch.equal(grads[:, :, 1], torch.ones_like(ones))
 
 
-@pytest.mark.parametrize("fused", FUSED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_clip_with_patches_of_its_own(dtype: torch.dtype, fused: bool) -> None:
     whole = st_rope_tables((3, 3), 2, 8, device=DEVICE)
@@ -101,7 +117,6 @@ def test_each_clip_with_patches_of_its_own(dtype: torch.dtype, fused: bool) -> N
     assert_near(got, expected)
 
 
-@pytest.mark.parametrize("fused", FUSED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_outside_the_tensor_is_touched(dtype: torch.dtype, fused: bool) -> None:
     """NaN guard bands around the tokens, the heads and the channels."""
@@ -121,7 +136,6 @@ def test_nothing_outside_the_tensor_is_touched(dtype: torch.dtype, fused: bool) 
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # 0 * inf, discarded for the CLS
-@pytest.mark.parametrize("fused", FUSED)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cls_passes_through_bit_for_bit(dtype: torch.dtype, fused: bool) -> None:
     tables, packed = inputs(SHAPES[2], dtype)
@@ -144,16 +158,17 @@ def test_the_inverse_undoes_it_and_angles_add() -> None:
     torch.testing.assert_close(there[0], twice, rtol=0, atol=1e-14)
 
 
-def test_any_strides() -> None:
+def test_any_strides(fused: bool) -> None:
     tables, packed = inputs(SHAPES[0], torch.float32)
     q = packed[:, :, 0].transpose(1, 2).contiguous().transpose(1, 2)  # heads in front
     k = packed[:, :, 1].permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)  # channels in front
-    for got, x in zip(apply_st_rope(q, k, tables), (q, k), strict=True):
+    factors = tables.factors(torch.float32)
+    for got, x in zip(rotate(q, k, *factors, False, fused), (q, k), strict=True):
         assert_near(got, rotate_reference(x, tables))
     odd = torch.randn(packed.numel() + 1, device=DEVICE)[1:].view(packed.shape)  # odd offset
     expected = rotate_reference(odd[:, :, 1], tables)
-    assert_near(apply_st_rope(odd[:, :, 1], odd[:, :, 1], tables)[0], expected)
-    rotate_packed_(odd, *tables.factors(torch.float32), False)
+    assert_near(rotate(odd[:, :, 1], odd[:, :, 1], *factors, False, fused)[0], expected)
+    rotate_packed_(odd, *factors, fused)
     assert_near(odd[:, :, 1], expected)
 
 
@@ -164,7 +179,6 @@ def test_inputs_of_apply_are_untouched() -> None:
     assert torch.equal(packed, before)
 
 
-@pytest.mark.parametrize("fused", FUSED)
 def test_operators_are_registered_correctly(fused: bool) -> None:
     tables, packed = inputs(SHAPES[0], torch.float32)
     factors = tables.factors(torch.float32)
@@ -195,6 +209,39 @@ def test_peak_memory_is_that_of_no_rotation(dtype: torch.dtype) -> None:
         return peak_tensor_bytes(case)
 
     assert peak(tables) == peak(None)
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_c_gives_the_bits_of_complex_products(dtype: torch.dtype, inverse: bool) -> None:
+    """For the head dim of the models, so that a run does not depend on there being a compiler."""
+    tables = st_rope_tables((9, 9), 3, 64)
+    x = torch.randn(2, 1 + 3 * 81, 4, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[:, 1, 0, :4] = torch.tensor([torch.inf, 1.0, torch.nan, 3e38]).to(dtype)
+    got, expected = torch.empty_like(x), torch.empty_like(x)
+    c_rotation.rotate_parts([x], [got], tables.factors(dtype), inverse, num_turned=1)
+    _multiply_into(x, expected, *tables.factors(dtype), inverse)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "problem"),
+    [("no-such-compiler", "No such file.*no-such-compiler"), ("false", "non-zero exit status 1")],
+)
+def test_without_a_compiler_it_says_so_and_multiplies(
+    compiler: str, problem: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(c_rotation, "_library", c_rotation._library.__wrapped__)
+    reason = available_backends("cpu")["sdpa"].reason
+    assert re.search(f"complex products, because.*{problem}.*install gcc", reason)
+    tables, packed = inputs(SHAPES[0], torch.float32)
+    expected = rotate_reference(packed[:, :, 0], tables)
+    rotate_packed_(packed, *tables.factors(torch.float32), False)
+    assert_near(packed[:, :, 0], expected)
+    assert not list(tmp_path.iterdir()), "the build left something behind"
 
 
 def test_tokens_of_another_clip_are_refused() -> None:

@@ -85,7 +85,9 @@ def _rotation(batch: int, tables: StRopeTables, dtype: torch.dtype, options: dic
     return compare(_title("rotation", batch, tables, dtype), cases, **options)
 
 
-def _attention(batch: int, tables: StRopeTables, dtype: torch.dtype, options: dict) -> list[Row]:
+def _attention_cases(
+    batch: int, tables: StRopeTables, dtype: torch.dtype
+) -> dict[str, Callable[[], object]]:
     """Packed projection in, attention out, forward and backward."""
     packed = _packed(batch, tables, dtype)
     shape = (*packed.shape[:2], NUM_HEADS, HEAD_DIM)
@@ -115,18 +117,27 @@ def _attention(batch: int, tables: StRopeTables, dtype: torch.dtype, options: di
         q, k, v = projected.unflatten(-1, (3, NUM_HEADS, HEAD_DIM)).unbind(2)
         return st_rope_attention(q, k, v, tables)
 
-    cases = {
+    return {
         "timm-style, softmax": run(field(explicit=True)),
         "timm-style, SDPA": run(field(explicit=False)),
         "rotated copies, SDPA": run(unpacked),
         "in place": run(lambda x: st_rope_attention_packed(x, NUM_HEADS, tables)),
         "no rotation": run(lambda x: st_rope_attention_packed(x, NUM_HEADS, None)),
     }
-    title = _title("attention fwd+bwd", batch, tables, dtype)
-    rows = compare(title, cases, **options)
-    free = rows[-1].median_s
-    for row in rows:
-        row.notes["over no rotation"] = f"{row.median_s / free - 1:+.1%}"
+
+
+def _attention(batch: int, tables: StRopeTables, dtype: torch.dtype, options: dict) -> list[Row]:
+    """Attention in the field's form and in ours."""
+    cases = _attention_cases(batch, tables, dtype)
+    return compare(_title("attention fwd+bwd", batch, tables, dtype), cases, **options)
+
+
+def _overhead(batch: int, tables: StRopeTables, dtype: torch.dtype, options: dict) -> list[Row]:
+    """What the rotation adds to attention: two cases in turns, so that little lies between them."""
+    cases = _attention_cases(batch, tables, dtype)
+    pair = {name: cases[name] for name in ("no rotation", "in place")}
+    rows = compare(_title("rotation over none, fwd+bwd", batch, tables, dtype), pair, **options)
+    rows[1].notes["over no rotation"] = f"{rows[1].median_s / rows[0].median_s - 1:+.1%}"
     return rows
 
 
@@ -157,4 +168,9 @@ def _block(batch: int, tables: StRopeTables, dtype: torch.dtype, options: dict) 
     return compare(_title("block fwd+bwd", batch, tables, dtype), cases, **options)
 
 
-_PARTS = {"rotation": _rotation, "attention": _attention, "block": _block}
+_PARTS = {
+    "rotation": _rotation,
+    "overhead": _overhead,
+    "attention": _attention,
+    "block": _block,
+}
