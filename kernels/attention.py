@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import c_rotation, xformers_door
-from kernels.rotation import fused_status, rotate, split_rotated
+from kernels.operators import fused_status
+from kernels.rotation import rotate, split_rotated
 from kernels.st_rope import StRopeTables, check_tables, rotate_reference
 
 _log = logging.getLogger(__name__)

@@ -1,68 +1,36 @@
-"""The rotation on the CPU as compiled C: rotation.c, built on first use.
+"""The rotation on the CPU as compiled C (rotation.c).
 
-The build takes a tenth of a second, so every process that rotates on a CPU does it, for the
-processor it runs on, in a directory that is gone once the library is loaded: nothing can be stale,
-half written or another machine's. Where there is no C compiler `reason` says so, and the rotation
-runs as complex products (kernels/rotation.py): slower, and the same to one rounding, to the bit
-where a head fills whole vectors (D = 64).
+Beside the complex products of kernels/rotation.py, which run where it cannot be built, it is three
+to five times as fast, and the same to one rounding; to the bit where a head fills whole vectors
+(D = 64).
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-import shlex
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-_SOURCE = Path(__file__).with_name("rotation.c")
-# Compiled for OpenMP but not linked to one: its calls are bound to the library that PyTorch has
-# loaded, and so to its pool of threads and torch.set_num_threads.
-_COMPILE = "-std=gnu11 -O3 -march=native -ffp-contract=off -fPIC -fopenmp -c"
-_BUILD_SECONDS = 60
+from kernels import c_library
+
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-@lru_cache(maxsize=1)
 def _library() -> tuple[ctypes.CDLL | None, str]:
-    """Compile and load rotation.c; the library, or None, and the reason."""
-    compiler = os.environ.get("CC") or "gcc"
-    with tempfile.TemporaryDirectory(prefix="eva02-at-") as directory:
-        compiled, library = Path(directory, "rotation.o"), Path(directory, "rotation.so")
-        try:
-            for arguments in (
-                (*_COMPILE.split(), str(_SOURCE), "-o", str(compiled)),
-                ("-shared", str(compiled), "-o", str(library)),
-            ):
-                subprocess.run(
-                    [*shlex.split(compiler), *arguments],
-                    check=True,
-                    capture_output=True,
-                    text=True,
-                    timeout=_BUILD_SECONDS,
-                )
-            return ctypes.CDLL(str(library)), f"rotation in C, built by {compiler}"
-        except subprocess.CalledProcessError as error:
-            problem = (error.stderr.strip().splitlines() or [str(error)])[-1]
-        except (OSError, subprocess.TimeoutExpired) as error:
-            problem = str(error)
-    return None, (
-        f"rotation by complex products, because rotation.c cannot be built ({problem}): install "
-        "gcc, or set CC to a compiler that knows -fopenmp"
-    )
+    # in PyTorch's order of roundings: no multiplication fused with an addition
+    return c_library.load("rotation.c", "-ffp-contract=off")
 
 
 def reason(dtype: torch.dtype) -> str:
     """Say how a CPU rotates a type, and why."""
     if dtype not in _DTYPES:
         return f"rotation by complex products, because rotation.c does not know {dtype}"
-    return _library()[1]
+    library, how = _library()
+    if library is None:
+        return f"rotation by complex products, because {how}"
+    return f"rotation in C, {how}"
 
 
 def can_rotate(x: Tensor, spatial: Tensor) -> bool:

@@ -23,7 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.rotation import fused_status, rotate
+from kernels.operators import fused_status
+from kernels.rotation import rotate
 
 ROTATION_MODES = ("none", "rotary", "split")
 

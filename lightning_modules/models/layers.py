@@ -30,7 +30,7 @@ class BlockConfig:
         key_bias: Whether the key projection has a bias (EVA-02's has none).
         inner_norm: EVA-02's LayerNorm between the heads and the output projection.
         causal: Token i sees tokens 0..i only.
-        attention_backend: Of `st_rope_attention`.
+        attention_backend: Of `st_rope_attention`; `gated_norm` follows it.
     """
 
     width: int
@@ -119,9 +119,13 @@ class Attention(nn.Module):
 class GatedNorm(nn.LayerNorm):
     """SwiGLU's gate and inner norm: (B, S, 2F) -> LN(SiLU(gate) * value), (B, S, F)."""
 
+    def __init__(self, channels: int, *, eps: float, backend: str) -> None:
+        super().__init__(channels, eps=eps)
+        self.backend = backend
+
     def forward(self, input: Tensor) -> Tensor:
         """Gate and value side by side in; half the channels out."""
-        return gated_norm(input, self.weight, self.bias, self.eps)
+        return gated_norm(input, self.weight, self.bias, self.eps, backend=self.backend)
 
 
 class SwiGlu(nn.Module):
@@ -130,7 +134,9 @@ class SwiGlu(nn.Module):
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.w12 = nn.Linear(config.width, 2 * config.mlp_hidden)
-        self.norm = GatedNorm(config.mlp_hidden, eps=config.norm_eps)
+        self.norm = GatedNorm(
+            config.mlp_hidden, eps=config.norm_eps, backend=config.attention_backend
+        )
         self.fc2 = nn.Linear(config.mlp_hidden, config.width)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import c_rotation
+from kernels import c_library, c_rotation
 from kernels.attention import available_backends
 from kernels.rotation import _multiply_into, pack_unrotated, rotate, rotate_packed_, split_rotated
 from kernels.st_rope import StRopeTables, apply_st_rope, rotate_reference, st_rope_tables
@@ -234,7 +234,7 @@ def test_without_a_compiler_it_says_so_and_multiplies(
 ) -> None:
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(c_rotation, "_library", c_rotation._library.__wrapped__)
+    monkeypatch.setattr(c_library, "load", c_library.load.__wrapped__)
     reason = available_backends("cpu")["sdpa"].reason
     assert re.search(f"complex products, because.*{problem}.*install gcc", reason)
     tables, packed = inputs(SHAPES[0], torch.float32)

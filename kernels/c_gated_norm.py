@@ -1,0 +1,103 @@
+"""SwiGLU's gate and inner norm on the CPU as compiled C (gated_norm.c)."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from kernels import c_library
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_MAX_CHANNELS = 65_536  # five rows of them on a thread's stack, which is often no more than 2 MiB
+
+
+def _library() -> ctypes.CDLL | None:
+    return c_library.load("gated_norm.c")[0]
+
+
+def can_run(hidden: Tensor, weight: Tensor) -> bool:
+    """True where the functions below may be called: on the CPU, of types it knows, and built."""
+    return (
+        hidden.device.type == "cpu"
+        and hidden.dtype in _DTYPES
+        and weight.dtype in _DTYPES
+        and len(weight) <= _MAX_CHANNELS
+        and _library() is not None
+    )
+
+
+def forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return LN(SiLU(gate) * value) (M, F) of the weight's dtype, and mean and 1/std, (M,) float32.
+
+    Args:
+        hidden: (M, 2F), contiguous.
+        weight: (F,).
+        bias: (F,).
+        eps: Of the LayerNorm.
+    """
+    library = _library()
+    assert library is not None, "can_run was not asked"
+    weight_f32, bias_f32 = weight.float(), bias.float()
+    num_rows, num_channels = len(hidden), len(weight)
+    out = torch.empty(num_rows, num_channels, dtype=weight.dtype)
+    mean, rstd = (torch.empty(num_rows, dtype=torch.float32) for _ in range(2))
+    library.gated_norm(
+        _address(hidden),
+        _integer(hidden.element_size()),
+        _address(weight_f32),
+        _address(bias_f32),
+        _address(out),
+        _integer(out.element_size()),
+        _address(mean),
+        _address(rstd),
+        _integer(num_rows),
+        _integer(num_channels),
+        ctypes.c_double(eps),
+    )
+    return out, mean, rstd
+
+
+def backward(
+    grad: Tensor, hidden: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of hidden (M, 2F), weight (F,) and bias (F,).
+
+    Args:
+        grad: (M, F), of the output, contiguous.
+        hidden: As for `forward`.
+        weight: As for `forward`.
+        mean: Of `forward`.
+        rstd: Of `forward`.
+    """
+    library = _library()
+    assert library is not None, "can_run was not asked"
+    weight_f32, d_hidden = weight.float(), torch.empty_like(hidden)
+    num_threads = torch.get_num_threads()
+    d_parameters = torch.zeros(num_threads, 2, len(weight), dtype=torch.float32)
+    library.gated_norm_backward(
+        _address(grad),
+        _integer(grad.element_size()),
+        _address(hidden),
+        _integer(hidden.element_size()),
+        _address(weight_f32),
+        _address(mean),
+        _address(rstd),
+        _address(d_hidden),
+        _address(d_parameters),
+        _integer(num_threads),
+        _integer(len(hidden)),
+        _integer(len(weight)),
+    )
+    d_weight, d_bias = (part.sum(0).to(weight.dtype) for part in d_parameters.unbind(1))
+    return d_hidden, d_weight, d_bias
+
+
+def _address(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+_integer = ctypes.c_int64

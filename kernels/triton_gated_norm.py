@@ -1,0 +1,161 @@
+"""SwiGLU's gate and inner norm as two Triton kernels, for GPUs (and Triton's interpreter).
+
+Imported only when it runs: Triton is absent from CPU builds of PyTorch.
+
+Shape legend: M tokens, F hidden channels; a row of `hidden` is F gates and F values.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_PROGRAMS_PER_PROCESSOR = 4  # of the backward, whose programs keep their share of two sums
+
+
+@triton.jit
+def gated_norm_kernel(  # type: ignore[no-untyped-def]
+    hidden, weight, bias, out, mean, rstd, eps, F: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One token: LN(SiLU(gate) * value), its mean and its 1/std."""
+    row = tl.program_id(0).to(tl.int64)  # a large batch has more than 2^31 elements
+    channels = tl.arange(0, BLOCK)
+    mask = channels < F
+    gate = tl.load(hidden + row * 2 * F + channels, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(hidden + row * 2 * F + F + channels, mask=mask, other=0.0).to(tl.float32)
+    product = gate * tl.sigmoid(gate) * value
+    centre = tl.sum(product, axis=0) / F
+    centred = tl.where(mask, product - centre, 0.0)
+    scale = tl.rsqrt(tl.sum(centred * centred, axis=0) / F + eps)
+    w = tl.load(weight + channels, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(bias + channels, mask=mask, other=0.0).to(tl.float32)
+    normed = centred * scale * w + b
+    tl.store(out + row * F + channels, normed.to(out.dtype.element_ty), mask=mask)
+    tl.store(mean + row, centre)
+    tl.store(rstd + row, scale)
+
+
+@triton.jit
+def gated_norm_backward_kernel(  # type: ignore[no-untyped-def]
+    grad,
+    hidden,
+    weight,
+    mean,
+    rstd,
+    d_hidden,
+    d_parameters,
+    num_rows,
+    F: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Every so many-th token: its gradient, and their sum in the weight's and the bias's.
+
+    Which tokens a program adds up, and in which order, depends on the number of programs alone:
+    no atomics, the same bits every time.
+    """
+    channels = tl.arange(0, BLOCK)
+    mask = channels < F
+    w = tl.load(weight + channels, mask=mask, other=0.0).to(tl.float32)
+    d_weight = tl.zeros((BLOCK,), tl.float32)
+    d_bias = tl.zeros((BLOCK,), tl.float32)
+    first = tl.program_id(0)
+    for step in range(0, num_rows - first, tl.num_programs(0)):
+        row = first.to(tl.int64) + step
+        place = row * F + channels
+        gate_place = row * 2 * F + channels
+        gate = tl.load(hidden + gate_place, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(hidden + gate_place + F, mask=mask, other=0.0).to(tl.float32)
+        d_out = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
+        scale = tl.load(rstd + row)
+        open = tl.sigmoid(gate)
+        normed = (gate * open * value - tl.load(mean + row)) * scale
+        d_weight += d_out * normed
+        d_bias += d_out
+        d_normed = d_out * w
+        sum = tl.sum(d_normed, axis=0) / F
+        along = tl.sum(d_normed * normed, axis=0) / F
+        d_product = (d_normed - sum - normed * along) * scale
+        d_gate = d_product * value * open * (1.0 + gate * (1.0 - open))
+        d_value = d_product * gate * open
+        tl.store(d_hidden + gate_place, d_gate.to(d_hidden.dtype.element_ty), mask=mask)
+        tl.store(d_hidden + gate_place + F, d_value.to(d_hidden.dtype.element_ty), mask=mask)
+    mine = d_parameters + first * 2 * F + channels
+    tl.store(mine, d_weight, mask=mask)
+    tl.store(mine + F, d_bias, mask=mask)
+
+
+def launch_sizes(num_channels: int, *, backward: bool) -> tuple[dict[str, int], int]:
+    """Return the kernels' compile-time sizes and the warps: a thread has 16 channels, or 8.
+
+    Eight in the backward, which keeps eight numbers of each.
+    """
+    block = triton.next_power_of_2(num_channels)
+    num_warps = min(16, max(1, block // (256 if backward else 512)))
+    return {"F": num_channels, "BLOCK": block}, num_warps
+
+
+def forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return LN(SiLU(gate) * value) (M, F) of the weight's dtype, and mean and 1/std, (M,) float32.
+
+    Args:
+        hidden: (M, 2F), contiguous.
+        weight: (F,).
+        bias: (F,).
+        eps: Of the LayerNorm.
+    """
+    num_rows, num_channels = len(hidden), len(weight)
+    out = weight.new_empty(num_rows, num_channels)
+    mean, rstd = (weight.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
+    sizes, num_warps = launch_sizes(num_channels, backward=False)
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext():
+        gated_norm_kernel[(num_rows,)](
+            hidden, weight, bias, out, mean, rstd, eps, **sizes, num_warps=num_warps
+        )
+    return out, mean, rstd
+
+
+def backward(
+    grad: Tensor, hidden: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of hidden (M, 2F), weight (F,) and bias (F,).
+
+    Args:
+        grad: (M, F), of the output, contiguous.
+        hidden: As for `forward`.
+        weight: As for `forward`.
+        mean: Of `forward`.
+        rstd: Of `forward`.
+    """
+    num_rows, num_channels = len(hidden), len(weight)
+    d_hidden = torch.empty_like(hidden)
+    num_programs = min(num_rows, _PROGRAMS_PER_PROCESSOR * _num_processors(hidden.device))
+    d_parameters = weight.new_empty(num_programs, 2, num_channels, dtype=torch.float32)
+    sizes, num_warps = launch_sizes(num_channels, backward=True)
+    with torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext():
+        gated_norm_backward_kernel[(num_programs,)](
+            grad,
+            hidden,
+            weight,
+            mean,
+            rstd,
+            d_hidden,
+            d_parameters,
+            num_rows,
+            **sizes,
+            num_warps=num_warps,
+        )
+    d_weight, d_bias = (part.sum(0).to(weight.dtype) for part in d_parameters.unbind(1))
+    return d_hidden, d_weight, d_bias
+
+
+def _num_processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1  # Triton's interpreter
+    return torch.cuda.get_device_properties(device).multi_processor_count
