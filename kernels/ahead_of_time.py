@@ -19,39 +19,81 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from kernels.pages import write_between
 
 CAPABILITIES = {80: "A100", 90: "H100, H200", 100: "B200", 120: "RTX 50, RTX PRO"}
 ELEMENT_TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# (type, head dim, q and k or k alone): the models' 64, and 20, which is no power of two
-FORMS = (
-    ("fp32", 64, True),
-    ("bf16", 64, True),
-    ("fp16", 64, True),
-    ("bf16", 64, False),
-    ("fp32", 20, True),
-    ("bf16", 20, True),
-)
 NUM_HEADS = 12
 
-# Budgets of the head dims that are a multiple of 16, which all models have. 64 registers a thread
-# keep 1,024 threads on a multiprocessor of 65,536 registers, each with two 16-byte loads in
-# flight: 32 KiB, where bandwidth times latency of an H100 needs about 18 KiB (3.35 TB/s over 132
-# multiprocessors, 700 ns). Other head dims shuffle their channels through shared memory.
-MAX_REGISTERS, MAX_SHARED_BYTES = 64, 0
-MAX_REGISTERS_ODD, MAX_SHARED_BYTES_ODD = 128, 8192
+
+@dataclass(frozen=True)
+class Form:
+    """A kernel as run time would specialise it.
+
+    Attributes:
+        kernel: "rotate q, k", "rotate k", "gated norm" or "gated norm, backward".
+        width: Channels of a head, or hidden channels F.
+        element_type: Of q and k, or of the hidden channels: "fp32", "bf16" or "fp16".
+        weight_type: Of the norm's weight, bias and output; autocast keeps them in fp32.
+    """
+
+    kernel: str
+    width: int
+    element_type: str
+    weight_type: str | None = None
+
+
+_GATED = ("gated norm", "gated norm, backward")
+FORMS = (
+    *(Form("rotate q, k", 64, name) for name in ELEMENT_TYPES),
+    Form("rotate k", 64, "bf16"),
+    *(Form("rotate q, k", 20, name) for name in ("fp32", "bf16")),  # 20 is no power of two
+    *(Form(kernel, 2048, name, name) for kernel in _GATED for name in ELEMENT_TYPES),
+    *(Form(kernel, 2048, "bf16", "fp32") for kernel in _GATED),
+    *(Form(kernel, 2730, "bf16", "bf16") for kernel in _GATED),  # the L model's
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most of each that a kernel may use; a spill is never within it."""
+
+    registers: int
+    shared_bytes: int
+    narrow_accesses: int
+
+
+def budget(form: Form) -> Budget:
+    """The budget of a form, and why.
+
+    Rotation, of head dims that are a multiple of 16, which all models have: 64 registers a thread
+    keep 1,024 threads on a multiprocessor of 65,536 registers, each with two 16-byte loads in
+    flight: 32 KiB, where bandwidth times latency of an H100 needs about 18 KiB (3.35 TB/s over 132
+    multiprocessors, 700 ns). Other head dims shuffle their channels through shared memory.
+
+    The norm: 128 registers let 16 warps of the backward run, each thread with three 16-byte loads:
+    24 KiB in flight. Shared memory for one row in float32, on its way between the layouts of 16-
+    and 32-bit vectors. Narrow accesses are the two statistics of a row; rows of 2,730 channels do
+    not begin at multiples of 16 bytes.
+    """
+    aligned = form.width % 16 == 0
+    if form.kernel in _GATED:
+        row_bytes = 4 << (form.width - 1).bit_length()
+        return Budget(registers=128, shared_bytes=row_bytes, narrow_accesses=2 if aligned else 64)
+    if aligned:
+        return Budget(registers=64, shared_bytes=0, narrow_accesses=0)
+    return Budget(registers=128, shared_bytes=8192, narrow_accesses=64)
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of the rotation for one architecture and type.
+    """What the compiler made of a form for one architecture.
 
     Attributes:
         capability: Compute capability, 90 for sm_90.
-        element_type: Of q and k.
-        head_dim: Channels of a head.
-        pair: True for q and k, False for k alone.
+        form: What was compiled.
         registers: A thread's.
         spill_bytes: Stack and local memory of a thread.
         shared_bytes: Shared memory of a block.
@@ -60,9 +102,7 @@ class Compiled:
     """
 
     capability: int
-    element_type: str
-    head_dim: int
-    pair: bool
+    form: Form
     registers: int
     spill_bytes: int
     shared_bytes: int
@@ -70,14 +110,12 @@ class Compiled:
     narrow_accesses: int
 
 
-def compile_rotation(capability: int, element_type: str, head_dim: int, pair: bool) -> Compiled:
-    """Compile the rotation as run time would specialise it, and read registers and accesses.
+def compile_form(capability: int, form: Form) -> Compiled:
+    """Compile a kernel as run time would specialise it, and read registers and accesses.
 
     Args:
         capability: 80, 90, 100 or 120.
-        element_type: "fp32", "bf16" or "fp16".
-        head_dim: Channels of a head.
-        pair: q and k, or k alone.
+        form: What to compile.
 
     Raises:
         ValueError: if TRITON_INTERPRET is set, which replaces the compiler.
@@ -89,20 +127,18 @@ def compile_rotation(capability: int, element_type: str, head_dim: int, pair: bo
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kernels.triton_rotation import NUM_WARPS, launch_sizes, rotate_kernel
-
-    sizes = launch_sizes(head_dim, NUM_HEADS, ELEMENT_TYPES[element_type]) | {"PAIR": pair}
-    names = rotate_kernel.arg_names
-    signature = {name: _argument_type(name, element_type, sizes) for name in names}
-    # What run time finds divisible by 16: tensors' addresses, and strides where head_dim is.
+    kernel, sizes, num_warps = _kernel(form)
+    names = kernel.arg_names
+    signature = {name: _argument_type(name, form, sizes) for name in names}
+    # What run time finds divisible by 16: tensors' addresses, and strides where the width is.
     aligned = {n for n in names if signature[n].startswith("*")}
-    aligned |= {n for n in names if "stride" in n and head_dim % 16 == 0}
+    aligned |= {n for n in names if "stride" in n and form.width % 16 == 0}
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     constants = {(names.index(n),): value for n, value in sizes.items()}
     compiled = triton.compile(
-        ASTSource(rotate_kernel, signature, constants, attributes),
+        ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": NUM_WARPS},
+        options={"num_warps": num_warps},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -114,9 +150,7 @@ def compile_rotation(capability: int, element_type: str, head_dim: int, pair: bo
     bits = [int(vector or 1) * int(element) for vector, element in widths]
     return Compiled(
         capability,
-        element_type,
-        head_dim,
-        pair,
+        form,
         used["REG"],
         used["STACK"] + used["LOCAL"],
         compiled.metadata.shared,
@@ -125,35 +159,56 @@ def compile_rotation(capability: int, element_type: str, head_dim: int, pair: bo
     )
 
 
-def _argument_type(name: str, element_type: str, constants: dict) -> str:
+def _kernel(form: Form) -> tuple[Any, dict[str, int], int]:
+    """The kernel, its compile-time sizes and its warps."""
+    from kernels import triton_gated_norm, triton_rotation
+
+    if form.kernel in _GATED:
+        backward = form.kernel == "gated norm, backward"
+        sizes, num_warps = triton_gated_norm.launch_sizes(form.width, backward=backward)
+        kernels = (
+            triton_gated_norm.gated_norm_kernel,
+            triton_gated_norm.gated_norm_backward_kernel,
+        )
+        return kernels[backward], sizes, num_warps
+    sizes = triton_rotation.launch_sizes(form.width, NUM_HEADS, ELEMENT_TYPES[form.element_type])
+    sizes |= {"PAIR": form.kernel == "rotate q, k"}
+    return triton_rotation.rotate_kernel, sizes, triton_rotation.NUM_WARPS
+
+
+def _argument_type(name: str, form: Form, constants: dict) -> str:
     if name in constants:
         return "constexpr"
-    if name in ("q_in", "k_in", "q_out", "k_out"):
-        return f"*{element_type}"
-    if name in ("spatial", "temporal"):
+    if name in ("q_in", "k_in", "q_out", "k_out", "hidden", "d_hidden"):
+        return f"*{form.element_type}"
+    if name in ("weight", "bias", "out", "grad"):
+        return f"*{form.weight_type}"
+    if name in ("spatial", "temporal", "mean", "rstd", "d_parameters"):
         return "*fp32"
-    return "fp32" if name == "sign" else "i32"
+    return "fp32" if name in ("sign", "eps") else "i32"
 
 
 def compile_all() -> list[Compiled]:
     """Every form on every architecture."""
-    return [compile_rotation(capability, *form) for capability in CAPABILITIES for form in FORMS]
+    return [compile_form(capability, form) for capability in CAPABILITIES for form in FORMS]
 
 
 def over_budget(rows: list[Compiled]) -> list[str]:
     """Say what is over budget: nothing, if all is well."""
     problems = []
     for row in rows:
-        even = row.head_dim % 16 == 0
-        name = f"sm_{row.capability}, {row.element_type}, head dim {row.head_dim}"
+        form, most = row.form, budget(row.form)
+        name = f"sm_{row.capability}, {form.kernel}, {form.element_type}, width {form.width}"
         if row.spill_bytes:
             problems.append(f"{name}: spills {row.spill_bytes} bytes")
-        if row.registers > (MAX_REGISTERS if even else MAX_REGISTERS_ODD):
+        if row.registers > most.registers:
             problems.append(f"{name}: {row.registers} registers")
-        if row.shared_bytes > (MAX_SHARED_BYTES if even else MAX_SHARED_BYTES_ODD):
+        if row.shared_bytes > most.shared_bytes:
             problems.append(f"{name}: {row.shared_bytes} bytes of shared memory")
-        if even and (row.narrow_accesses or not row.wide_accesses):
+        if row.narrow_accesses > most.narrow_accesses:
             problems.append(f"{name}: {row.narrow_accesses} accesses narrower than 128 bits")
+        if form.width % 16 == 0 and not row.wide_accesses:
+            problems.append(f"{name}: no accesses of 128 bits")
     return problems
 
 
@@ -165,16 +220,19 @@ def table(rows: list[Compiled]) -> str:
         f"Triton {triton.__version__}, {NUM_HEADS} heads; written by "
         "`python -m kernels.ahead_of_time --write docs/kernels.md`.",
         "",
-        "| architecture | type | head dim | rotates | registers | spills | shared memory "
+        "| architecture | kernel | width | type | registers | spills | shared memory "
         "| 128-bit accesses | narrower |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| sm_{r.capability} ({CAPABILITIES[r.capability]}) | {r.element_type} | {r.head_dim} "
-        f"| {'q, k' if r.pair else 'k'} | {r.registers} | {r.spill_bytes} B | {r.shared_bytes} B "
-        f"| {r.wide_accesses} | {r.narrow_accesses} |"
-        for r in rows
-    ]
+    for row in rows:
+        form = row.form
+        mixed = form.weight_type not in (None, form.element_type)
+        lines.append(
+            f"| sm_{row.capability} ({CAPABILITIES[row.capability]}) | {form.kernel} "
+            f"| {form.width} | {form.element_type}{f', {form.weight_type} weight' if mixed else ''} "
+            f"| {row.registers} | {row.spill_bytes} B | {row.shared_bytes} B "
+            f"| {row.wide_accesses} | {row.narrow_accesses} |"
+        )
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels.attention import BACKENDS, available_backends, st_rope_attention_packed
+from kernels.gated_norm import gated_norm
 from kernels.rotation import rotate_packed_
 from kernels.st_rope import rotate_reference, st_rope_tables
 from lightning_modules.models.layers import Block, BlockConfig, init_layers
@@ -39,6 +40,30 @@ def test_fused_rotation(dtype: torch.dtype) -> None:
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     torch.testing.assert_close(qkv[:, :, :2], expected, rtol=tolerance, atol=tolerance)
     assert torch.equal(qkv[:, :, 2], v)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [2048, 2730])
+def test_gated_norm(channels: int, weight_dtype: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    rounded = [
+        torch.randn(shape, generator=generator, device="cuda").to(dtype)
+        for shape, dtype in (
+            ((3000, 2 * channels), torch.bfloat16),
+            ((channels,), weight_dtype),
+            ((channels,), weight_dtype),
+        )
+    ]
+    results = []
+    for backend, inputs in (("triton", rounded), ("sdpa", [x.double() for x in rounded])):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = gated_norm(*leaves, 1e-6, backend=backend)
+        out.sum().backward()
+        results.append([x.double() for x in (out, *(leaf.grad for leaf in leaves))])
+    for got, expected in zip(*results, strict=True):
+        tolerance = 2**-7  # one rounding of the result to bf16
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance * scale)
 
 
 def test_more_than_two_to_the_31_elements() -> None:
