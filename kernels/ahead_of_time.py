@@ -226,12 +226,13 @@ def table(rows: list[Compiled]) -> str:
     ]
     for row in rows:
         form = row.form
-        mixed = form.weight_type not in (None, form.element_type)
+        types = form.element_type
+        if form.weight_type not in (None, form.element_type):
+            types += f", {form.weight_type} weight"
         lines.append(
             f"| sm_{row.capability} ({CAPABILITIES[row.capability]}) | {form.kernel} "
-            f"| {form.width} | {form.element_type}{f', {form.weight_type} weight' if mixed else ''} "
-            f"| {row.registers} | {row.spill_bytes} B | {row.shared_bytes} B "
-            f"| {row.wide_accesses} | {row.narrow_accesses} |"
+            f"| {form.width} | {types} | {row.registers} | {row.spill_bytes} B "
+            f"| {row.shared_bytes} B | {row.wide_accesses} | {row.narrow_accesses} |"
         )
     return "\n".join(lines)
 

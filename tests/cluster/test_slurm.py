@@ -83,7 +83,8 @@ def test_a_preempted_job_is_requeued_and_nothing_changes(slurm, tmp_path, untouc
 def test_a_job_at_its_time_limit_saves_and_is_requeued(slurm, tmp_path, untouched, strategy):
     """SLURM sends SIGUSR1 to the tasks 95 s before the limit: some 25 s after each start."""
     words = ("--partition=low", "--time=2", "--signal=SIGUSR1@95")
-    job = submit(slurm, tmp_path, *words, strategy=strategy, trouble={"pause_s": 1.6}, **REAL)
+    pause = {"pause_s": 3.0}  # 45 s in all: no start can be done before its signal comes
+    job = submit(slurm, tmp_path, *words, strategy=strategy, trouble=pause, **REAL)
     ended = slurm.wait_for(job, "COMPLETED", "FAILED", seconds=280)
     assert ended == "COMPLETED", log(tmp_path)
     assert log(tmp_path).count("after exit code 85") >= 1
