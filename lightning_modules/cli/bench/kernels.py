@@ -167,25 +167,31 @@ def _block(batch: int, tables: StRopeTables, dtype: torch.dtype, options: dict) 
         "timm-style, softmax": run(lambda x: baselines.block(module, x, sin_cos, True)),
         "timm-style, SDPA": run(lambda x: baselines.block(module, x, sin_cos, False)),
         "this project": run(lambda x: module(x, tables)),
-        "linear maps alone": _linear_maps(module, x),  # what no formulation can do without
+        "linear maps alone": _linear_maps(x),  # what no formulation can do without
     }
     return compare(_title("block fwd+bwd", batch, tables, dtype), cases, **options)
 
 
-def _linear_maps(module: Block, x: Tensor) -> Callable[[], None]:
+def _linear_maps(x: Tensor) -> Callable[[], None]:
     """The block's four linear maps alone, forward and backward."""
-    qkv, w12, fc2 = module.attn.qkv, module.mlp.w12, module.mlp.fc2
-    maps = [(layer.weight, layer.bias) for layer in (module.attn.proj, w12, fc2)]
-    maps.append((qkv.weight, torch.cat((qkv.q_bias, qkv.q_bias, qkv.v_bias)).detach()))
     cases = []
-    for weight, bias in maps:
-        inputs = x.new_ones(*x.shape[:2], weight.shape[1]).requires_grad_()
-        cases.append((inputs, weight, bias, x.new_ones(*x.shape[:2], weight.shape[0])))
+    for outputs, channels in (
+        (3 * WIDTH, WIDTH),
+        (WIDTH, WIDTH),
+        (2 * MLP_HIDDEN, WIDTH),
+        (WIDTH, MLP_HIDDEN),
+    ):
+        leaves = (
+            x.new_ones(*x.shape[:2], channels),
+            x.new_ones(outputs, channels),
+            x.new_ones(outputs),
+        )
+        gradient = x.new_ones(*x.shape[:2], outputs)
+        cases.append(([leaf.requires_grad_() for leaf in leaves], gradient))
 
     def case() -> None:
-        for inputs, weight, bias, gradient in cases:
-            wanted = [t for t in (inputs, weight, bias) if t.requires_grad]
-            torch.autograd.grad(F.linear(inputs, weight, bias), wanted, gradient)
+        for leaves, gradient in cases:
+            torch.autograd.grad(F.linear(*leaves), leaves, gradient)
 
     return case
 
