@@ -1,4 +1,4 @@
-"""How far each attention backend is from float64: `python -m kernels.numerics`.
+"""How far attention and the gated norm are from float64: `python -m kernels.numerics`.
 
     python -m kernels.numerics --write docs/kernels.md   # into the page, between its markers
 
@@ -11,16 +11,23 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import c_gated_norm
 from kernels.attention import BACKENDS, available_backends, st_rope_attention_packed
+from kernels.gated_norm import gated_norm
+from kernels.operators import fused_status
 from kernels.pages import write_between
 from kernels.st_rope import StRopeTables, rotate_reference, st_rope_tables
 
 GRID, FRAMES, NUM_HEADS, HEAD_DIM = (14, 14), 4, 2, 64  # 785 tokens, the B/16 model's at 4 frames
+GATED_TOKENS, GATED_CHANNELS = 98, 2048  # the B/16 model's
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -74,6 +81,45 @@ def rotation_in_low_precision(device: str) -> tuple[float, float]:
     return distance(rotate_reference(q, tables), exact), distance(low, exact)
 
 
+def measure_gated_norm(device: str) -> list[tuple[str, str, float, float]]:
+    """Rows of (form, type, distance of the output, distance of the gradient of the hidden)."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((GATED_TOKENS, 2 * GATED_CHANNELS), (GATED_CHANNELS,), (GATED_CHANNELS,))
+    inputs = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    forms: dict[str, Callable[..., Tensor]] = {"separate operations": _separate_gated_norm}
+    if c_gated_norm.can_run(inputs[0], inputs[1]):
+        forms["C"] = partial(gated_norm, eps=1e-6, backend="sdpa")
+    if fused_status(device)[0]:
+        forms["Triton"] = partial(gated_norm, eps=1e-6, backend="triton")
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        rounded = [x.to(dtype) for x in inputs]
+        exact = _value_and_gradient(_separate_gated_norm, [x.double() for x in rounded])
+        forms_and_rounding = {
+            "(rounding the exact result)": tuple(x.to(dtype) for x in exact),
+            **{name: _value_and_gradient(form, rounded) for name, form in forms.items()},
+        }
+        for name, got in forms_and_rounding.items():
+            out, grad = (distance(x, y) for x, y in zip(got, exact, strict=True))
+            rows.append((name, _name(dtype), out, grad))
+    return rows
+
+
+def _separate_gated_norm(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    gate, value = hidden.chunk(2, dim=-1)
+    return F.layer_norm(F.silu(gate) * value, weight.shape, weight, bias, 1e-6)
+
+
+def _value_and_gradient(
+    form: Callable[..., Tensor], inputs: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    hidden = inputs[0].clone().requires_grad_()
+    out = form(hidden, *inputs[1:])
+    weights = torch.linspace(-1, 1, out.shape[-1], dtype=torch.float64).to(out)
+    (gradient,) = torch.autograd.grad(out, hidden, weights.expand_as(out))
+    return out.detach(), gradient
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -82,6 +128,7 @@ def table(device: str) -> str:
     """The rows as Markdown."""
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     ours, low = rotation_in_low_precision(device)
+    gated = measure_gated_norm(device)
     lines = [
         f"PyTorch {torch.__version__.split('+')[0]} on {where}, {1 + FRAMES * 196} tokens, "
         f"{NUM_HEADS} heads of {HEAD_DIM}; relative RMS distance from float64 on the same inputs; "
@@ -95,7 +142,13 @@ def table(device: str) -> str:
         "",
         f"The rotation alone in bf16: {ours:.1e} with float32 factors (every backend), {low:.1e} "
         "had the factors been kept in bf16.",
+        "",
+        f"SwiGLU's gate and norm, {GATED_TOKENS} tokens of {GATED_CHANNELS} hidden channels:",
+        "",
+        "| form | type | output | gradient of the hidden channels |",
+        "|---|---|---|---|",
     ]
+    lines += [f"| {f} | {t} | {out:.1e} | {grad:.1e} |" for f, t, out, grad in gated]
     return "\n".join(lines)
 
 
