@@ -142,6 +142,7 @@ def gated_norm(
         eps: Of the LayerNorm.
         backend: Of the attention in the same block, `kernels.attention.st_rope_attention`: the
             Triton kernels run with "triton", and with "auto" and "xformers" on CUDA where they can.
+            They compute in float32, so float64 never goes there.
 
     Returns:
         (..., F) of the weight's dtype.
@@ -149,6 +150,7 @@ def gated_norm(
     fused = backend == "triton" or (
         backend in ("auto", "xformers") and hidden.is_cuda and fused_status("cuda")[0]
     )
+    fused = fused and hidden.dtype != torch.float64
     rows = hidden.reshape(-1, hidden.shape[-1])
     out = _GatedNorm.apply(rows.contiguous(), weight, bias, eps, fused)
     return out.view(*hidden.shape[:-1], -1)

@@ -103,6 +103,8 @@ def rotate_packed_(packed: Tensor, spatial: Tensor, temporal: Tensor, fused: boo
     turned = packed.unbind(2)[:-1]
     factors = (spatial, temporal)
     _rotate_parts(turned, turned, factors, inverse=False, fused=fused, num_turned=len(turned))
+    if not packed.is_inference():  # so that autograd notices where somebody still needs it
+        torch.autograd.graph.increment_version(packed)
 
 
 @torch.library.register_fake("eva02_at::rotate_packed_")

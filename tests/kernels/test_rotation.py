@@ -172,6 +172,18 @@ def test_any_strides(fused: bool) -> None:
     assert_near(odd[:, :, 1], expected)
 
 
+def test_a_projection_that_the_backward_still_needs_is_noticed(fused: bool) -> None:
+    tables, packed = inputs(SHAPES[0], torch.float32)
+    leaf = packed.flatten(2).clone().requires_grad_()
+    projected = leaf * 1
+    square = projected * projected  # keeps its factors for the backward
+    q, *_ = split_rotated(projected, 3, 3, *tables.factors(torch.float32), fused=fused)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (square.sum() + q.sum()).backward()
+    with torch.inference_mode():
+        split_rotated(leaf * 1, 3, 3, *tables.factors(torch.float32), fused=fused)
+
+
 def test_inputs_of_apply_are_untouched() -> None:
     tables, packed = inputs(SHAPES[0], torch.float32)
     before = packed.clone()
