@@ -44,10 +44,12 @@ class RecognitionModule(TrainedModule):
     ) -> None:
         super().__init__(optimizer, init_checkpoint)
         actions = read_actions(annotations)
-        verbs = torch.tensor([action.verb_class for action in actions])
-        nouns = torch.tensor([action.noun_class for action in actions])
-        table = torch.full((int(verbs.max()) + 1, int(nouns.max()) + 1), -1)
-        table[verbs, nouns] = torch.arange(len(actions))
+        # values that are needed now, also where `plan` builds the model without storage
+        verbs = torch.tensor([action.verb_class for action in actions], device="cpu")
+        nouns = torch.tensor([action.noun_class for action in actions], device="cpu")
+        shape = (int(verbs.max()) + 1, int(nouns.max()) + 1)
+        table = torch.full(shape, -1, device="cpu")
+        table[verbs, nouns] = torch.arange(len(actions), device="cpu")
         self.verb_of_action: Tensor
         self.noun_of_action: Tensor
         self.action_table: Tensor

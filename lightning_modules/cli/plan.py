@@ -21,6 +21,7 @@ from lightning_modules.cli.planning import (
     plan_option,
 )
 from lightning_modules.cli.train import RecipeCLI, build_cli
+from lightning_modules.models import VideoClassifier
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 # the recipe is only read: nothing of this machine may matter
@@ -73,10 +74,13 @@ def make_plan(
             f"the recipe's global batch of {batch} does not divide over {cluster.ranks} GPUs; "
             "change data.global_batch_size, or the nodes and GPUs of the cluster"
         )
-    config = cli.model.model.config
-    costs = model_costs(config)
-    vision = config.vision
-    pixels = 3 * vision.num_frames * vision.image_size**2
+    model = cli.model.model
+    is_recogniser = isinstance(model, VideoClassifier)
+    costs = model_costs(model.config, model.num_classes if is_recogniser else None)
+    vision = model.config.vision
+    input_bytes = 3 * vision.num_frames * vision.image_size**2
+    if not is_recogniser:
+        input_bytes += 8 * model.config.text.context_length
     steps = _steps(cli, clips, epochs)
     rows = []
     for strategy in STRATEGIES:
@@ -87,7 +91,7 @@ def make_plan(
                 strategy=strategy,
                 checkpointing=checkpointing,
                 batch=batch // cluster.ranks,
-                pair_input_bytes=pixels + 8 * config.text.context_length,
+                pair_input_bytes=input_bytes,
             )
             hours = steps * option.step_s / 3600
             gpu_hours = hours * cluster.ranks

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import st_rope
-from lightning_modules.models import DualEncoderConfig, build_dual_encoder
-from lightning_modules.training.flops import pair_flops
+from lightning_modules.models import DualEncoder, DualEncoderConfig, VideoClassifier
+from lightning_modules.models.config import resolve_config
+from lightning_modules.training.flops import pair_flops, video_flops
 
 GIB = 2**30
 _CONTEXT_BYTES = 1.0 * GIB  # CUDA context, libraries' workspaces
@@ -107,17 +108,28 @@ class Option:
     step_s: float
 
 
-def model_costs(config: DualEncoderConfig) -> ModelCosts:
-    """Count a model's parameters, FLOPs and activations on fake tensors."""
+def model_costs(config: DualEncoderConfig, num_classes: int | None = None) -> ModelCosts:
+    """Count a model's parameters, FLOPs and activations on fake tensors.
+
+    Args:
+        config: The dual encoder's.
+        num_classes: Of a recogniser, which is the video tower alone; a pair is then a clip.
+    """
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_dual_encoder(config).parameters())
+        parameters = sum(p.numel() for p in _build(config, num_classes, False).parameters())
     saved = {
-        keep: saved_bytes(config, 2, checkpointing=not keep)
-        - saved_bytes(config, 1, checkpointing=not keep)
+        keep: saved_bytes(config, 2, checkpointing=not keep, num_classes=num_classes)
+        - saved_bytes(config, 1, checkpointing=not keep, num_classes=num_classes)
         for keep in (True, False)
     }
     block = (saved[True] - saved[False]) / config.vision.depth
-    return ModelCosts(parameters, pair_flops(config), saved[True], saved[False], block)
+    flops = video_flops(config.vision, num_classes) if num_classes else pair_flops(config)
+    return ModelCosts(parameters, flops, saved[True], saved[False], block)
+
+
+def _build(config: DualEncoderConfig, num_classes: int | None, checkpointing: bool) -> nn.Module:
+    config = resolve_config(config, activation_checkpointing=checkpointing)
+    return VideoClassifier(config, num_classes) if num_classes else DualEncoder(config)
 
 
 def saved_bytes(
@@ -126,27 +138,30 @@ def saved_bytes(
     *,
     checkpointing: bool,
     dtype: torch.dtype = torch.bfloat16,
+    num_classes: int | None = None,
 ) -> int:
-    """Bytes that autograd keeps between the forward and the backward pass.
+    """Bytes that autograd keeps between the forward and the backward pass; see `model_costs`.
 
     The real forward pass runs on fake tensors, which have shapes and storages but no memory; each
     storage counts once and parameters do not count.
     """
     with torch.device("meta"):
-        model = build_dual_encoder(config, activation_checkpointing=checkpointing).to(dtype)
+        model = _build(config, num_classes, checkpointing).to(dtype)
     st_rope._cached_tables.cache_clear()  # neither real tables in here nor fake ones afterwards
     try:
         with FakeTensorMode():
             _give_fake_storage(model)
             size, frames = config.vision.image_size, config.vision.num_frames
-            video = torch.zeros(num_pairs, 3, frames, size, size, dtype=torch.uint8)
-            tokens = torch.zeros(num_pairs, config.text.context_length, dtype=torch.int64)
-            return count_saved(model, video, tokens)
+            inputs = [torch.zeros(num_pairs, 3, frames, size, size, dtype=torch.uint8)]
+            if num_classes is None:
+                length = config.text.context_length
+                inputs.append(torch.zeros(num_pairs, length, dtype=torch.int64))
+            return count_saved(model, *inputs)
     finally:
         st_rope._cached_tables.cache_clear()
 
 
-def count_saved(model: nn.Module, video: Tensor, tokens: Tensor) -> int:
+def count_saved(model: nn.Module, *inputs: Tensor) -> int:
     """Bytes of the storages that a forward pass saves, the parameters' own left out."""
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, Tensor] = {}  # holding the tensors keeps their storages' identities apart
@@ -158,7 +173,7 @@ def count_saved(model: nn.Module, video: Tensor, tokens: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        _output = model(video, tokens)
+        _output = model(*inputs)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 

@@ -20,6 +20,7 @@ class VideoClassifier(Towers):
     def __init__(self, config: DualEncoderConfig, num_classes: int) -> None:
         super().__init__()
         self.config = config
+        self.num_classes = num_classes
         self.visual = VideoEncoder(
             config.vision,
             num_classes,

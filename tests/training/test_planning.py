@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from epic_files import write_recognition_split
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_modules.cli.plan import main, make_plan
@@ -20,8 +22,14 @@ from lightning_modules.cli.planning import (
     state_bytes,
 )
 from lightning_modules.cli.train import build_cli
-from lightning_modules.models import DualEncoderConfig, TextConfig, VisionConfig, build_dual_encoder
-from lightning_modules.training.flops import pair_flops, peak_tflops
+from lightning_modules.models import (
+    DualEncoderConfig,
+    TextConfig,
+    VideoClassifier,
+    VisionConfig,
+    build_dual_encoder,
+)
+from lightning_modules.training.flops import pair_flops, peak_tflops, video_flops
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,8 +74,6 @@ def test_flops_of_a_published_model():
     """ViT-B/16 at 224 px: 17.6 G multiply-adds an image; of the last block little is needed."""
     vision = VisionConfig(architecture="clip", temporal="none", mlp_hidden=3072, num_frames=1)
     config = DualEncoderConfig(vision)
-    from lightning_modules.training.flops import video_flops
-
     assert video_flops(config.vision, 512) / 2 / 1e9 == pytest.approx(17.6, rel=0.08)
 
 
@@ -85,6 +91,19 @@ def test_fake_activations_are_the_real_ones(checkpointing, architecture):
     real = count_saved(model, *inputs(config, 2))
     fake = saved_bytes(config, 2, checkpointing=checkpointing, dtype=torch.float32)
     assert fake == real
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_recogniser_is_the_video_tower_alone(checkpointing):
+    config = replace(small(), activation_checkpointing=checkpointing)
+    model = VideoClassifier(config, 31)
+    video, _ = inputs(config, 2)
+    real = count_saved(model, video)
+    options = {"checkpointing": checkpointing, "dtype": torch.float32, "num_classes": 31}
+    assert saved_bytes(config, 2, **options) == real
+    costs = model_costs(config, 31)
+    assert costs.parameters == sum(p.numel() for p in model.parameters())
+    assert costs.flops == video_flops(config.vision, 31) < pair_flops(config)
 
 
 def test_counting_leaves_no_fake_tensor_behind():
@@ -195,6 +214,13 @@ def test_the_command_prints_and_writes_a_plan(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "149." in printed and "fastest with configs/strategy/" in printed
     assert file.exists()
+    annotations = tmp_path / "epic-kitchens-100-annotations"
+    annotations.mkdir()
+    for split in ("train", "validation"):
+        write_recognition_split(annotations, split, [("dim the lamp", 3, 7, [7])])
+    recipe = ROOT / "configs/recognition/eva02_at_base_ek100.yaml"
+    assert main([f"--config={recipe}", "--clips=67217", f"--data_dir={tmp_path}"]) == 0
+    assert "85.9 M parameters" in capsys.readouterr().out  # no text tower
     with pytest.raises(ValueError, match="does not divide over 3 GPUs"):
         main([*words, "--cluster.gpus_per_node=3"])
     with pytest.raises(ValueError, match="--clips"):
