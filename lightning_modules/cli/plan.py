@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,8 @@ def make_plan(
                 batch=batch // cluster.ranks,
                 pair_input_bytes=input_bytes,
             )
+            if is_recogniser:  # which has no GradCache to split a batch with
+                option = replace(option, micro_batch=None)
             hours = steps * option.step_s / 3600
             gpu_hours = hours * cluster.ranks
             cost = gpu_hours * cluster.price_per_gpu_hour
