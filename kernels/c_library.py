@@ -2,18 +2,21 @@
 
 A build takes a tenth of a second, so every process that needs one does it, for the processor it
 runs on, in a directory that is gone once the library is loaded: nothing can be stale, half written
-or another machine's. Where there is no C compiler the caller says so and does without.
+or another machine's. Where there is no C compiler, a warning says so and the caller does without.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import shlex
 import subprocess
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+
+_log = logging.getLogger(__name__)
 
 # Compiled for OpenMP but not linked to one: its calls are bound to the library that PyTorch has
 # loaded, and so to its pool of threads and torch.set_num_threads.
@@ -52,7 +55,9 @@ def load(source: str, *flags: str) -> tuple[ctypes.CDLL | None, str]:
             problem = (error.stderr.strip().splitlines() or [str(error)])[-1]
         except (OSError, subprocess.TimeoutExpired) as error:
             problem = str(error)
-    return None, (
+    reason = (
         f"{source} cannot be built ({problem}): install gcc, or set CC to a compiler that knows "
         "-fopenmp"
     )
+    _log.warning("%s. Slower operations of PyTorch run instead.", reason)
+    return None, reason

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import c_gated_norm
+from kernels import c_gated_norm, c_library
 from kernels.gated_norm import gated_norm
 from lightning_modules.cli.bench.timing import peak_tensor_bytes
 
@@ -194,6 +194,14 @@ def test_keeps_only_its_input(backend: str) -> None:
     # separate: gate, value and SiLU (again for the product), and the product
     assert kept["gated"] == 2 * one
     assert kept["separate"] >= 4 * one
+
+
+def test_without_a_compiler_it_says_so_and_runs(monkeypatch, caplog) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setattr(c_library, "load", c_library.load.__wrapped__)
+    leaves = [leaf.detach().cpu() for leaf in inputs(torch.float32)]
+    assert torch.equal(gated_norm(*leaves, 1e-6), separate(*leaves))
+    assert "gated_norm.c cannot be built" in caplog.text and "install gcc" in caplog.text
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")

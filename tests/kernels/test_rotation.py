@@ -242,13 +242,18 @@ def test_c_gives_the_bits_of_complex_products(dtype: torch.dtype, inverse: bool)
     [("no-such-compiler", "No such file.*no-such-compiler"), ("false", "non-zero exit status 1")],
 )
 def test_without_a_compiler_it_says_so_and_multiplies(
-    compiler: str, problem: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    compiler: str,
+    problem: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(c_library, "load", c_library.load.__wrapped__)
     reason = available_backends("cpu")["sdpa"].reason
     assert re.search(f"complex products, because.*{problem}.*install gcc", reason)
+    assert re.search(f"{problem}.*Slower operations", caplog.text)
     tables, packed = inputs(SHAPES[0], torch.float32)
     expected = rotate_reference(packed[:, :, 0], tables)
     rotate_packed_(packed, *tables.factors(torch.float32), False)
