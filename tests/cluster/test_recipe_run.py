@@ -92,7 +92,8 @@ def test_what_saves_memory_changes_no_loss(zygote, tmp_path, recipe, strategy, o
     plain, saving = losses(tmp_path / "plain"), losses(tmp_path / "saving")
     assert len(plain) == 12
     for (step, loss), (same, other) in zip(plain, saving, strict=True):
-        assert step == same and float(loss) == pytest.approx(float(other), abs=2e-5)
+        # sums in another order; Adam makes a whole step of a gradient that is all rounding
+        assert step == same and float(loss) == pytest.approx(float(other), abs=1e-4)
 
 
 @pytest.mark.parametrize(
