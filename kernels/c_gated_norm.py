@@ -31,14 +31,7 @@ def can_run(hidden: Tensor, weight: Tensor) -> bool:
 def forward(
     hidden: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return LN(SiLU(gate) * value) (M, F) of the weight's dtype, and mean and 1/std, (M,) float32.
-
-    Args:
-        hidden: (M, 2F), contiguous.
-        weight: (F,).
-        bias: (F,).
-        eps: Of the LayerNorm.
-    """
+    """The forward pass, as `kernels.gated_norm` asks for it."""
     library = _library()
     assert library is not None, "can_run was not asked"
     weight_f32, bias_f32 = weight.float(), bias.float()
@@ -63,16 +56,8 @@ def forward(
 
 def backward(
     grad: Tensor, hidden: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of hidden (M, 2F), weight (F,) and bias (F,).
-
-    Args:
-        grad: (M, F), of the output, contiguous.
-        hidden: As for `forward`.
-        weight: As for `forward`.
-        mean: Of `forward`.
-        rstd: Of `forward`.
-    """
+) -> tuple[Tensor, Tensor]:
+    """The backward pass, as `kernels.gated_norm` asks for it."""
     library = _library()
     assert library is not None, "can_run was not asked"
     weight_f32, d_hidden = weight.float(), torch.empty_like(hidden)
@@ -92,8 +77,7 @@ def backward(
         _integer(len(hidden)),
         _integer(len(weight)),
     )
-    d_weight, d_bias = (part.sum(0).to(weight.dtype) for part in d_parameters.unbind(1))
-    return d_hidden, d_weight, d_bias
+    return d_hidden, d_parameters
 
 
 def _address(tensor: Tensor) -> ctypes.c_void_p:

@@ -8,13 +8,8 @@
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
-#include <string.h>
 
-static inline float float_of(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
+#include "bfloat16.h"
 
 /* A row as float32: itself, or widened into `room`. */
 static inline const float *widen(const char *row, int64_t bytes, float *room, int64_t count) {
@@ -26,15 +21,11 @@ static inline const float *widen(const char *row, int64_t bytes, float *room, in
     return room;
 }
 
-/* Round to the nearest bfloat16, ties to even; NaN stays NaN. */
+/* A row rounded to bfloat16. */
 static inline void narrow(const float *row, char *out, int64_t count) {
 #pragma omp simd
-    for (int64_t j = 0; j < count; ++j) {
-        uint32_t bits;
-        memcpy(&bits, row + j, sizeof bits);
-        uint32_t rounded = row[j] != row[j] ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u);
-        ((uint16_t *)out)[j] = rounded >> 16;
-    }
+    for (int64_t j = 0; j < count; ++j)
+        ((uint16_t *)out)[j] = rounded(row[j]) >> 16;
 }
 
 /* 1 / (1 + e^-x), within 2e-7 of its value. e^y = 2^n e^r with |r| <= ln(2)/2, e^r by the Taylor

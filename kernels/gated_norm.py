@@ -11,6 +11,7 @@ Shape legend: F hidden channels, M tokens.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,6 +23,21 @@ from kernels import c_gated_norm
 from kernels.operators import fused_status, operator
 
 
+def _kernels(hidden: Tensor, weight: Tensor, fused: bool) -> ModuleType | None:
+    """The module whose `forward` and `backward` run, or None for the separate operations.
+
+    Both modules have the same two functions, on a contiguous `hidden` and `grad`:
+    `forward(hidden, weight, bias, eps)` as `_forward` below, and
+    `backward(grad, hidden, weight, mean, rstd)`, which returns the gradient of hidden (M, 2F) and
+    parts of the gradients of weight and bias, (K, 2, F) float32, to be summed over K.
+    """
+    if fused:
+        from kernels import triton_gated_norm
+
+        return triton_gated_norm
+    return c_gated_norm if c_gated_norm.can_run(hidden, weight) else None
+
+
 @operator(
     "gated_norm",
     "(Tensor hidden, Tensor weight, Tensor bias, float eps, bool fused)"
@@ -30,13 +46,9 @@ from kernels.operators import fused_status, operator
 def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor, eps: float, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(M, 2F) -> (M, F), and the mean and 1/std of each row, (M,)."""
-    if fused:
-        from kernels import triton_gated_norm
-
-        return triton_gated_norm.forward(hidden, weight, bias, eps)
-    if c_gated_norm.can_run(hidden, weight):
-        return c_gated_norm.forward(hidden, weight, bias, eps)
+    """(M, 2F) -> (M, F) of the weight's dtype, and the mean and 1/std of each row, (M,)."""
+    if (kernels := _kernels(hidden, weight, fused)) is not None:
+        return kernels.forward(hidden, weight, bias, eps)
     gate, value = hidden.chunk(2, dim=-1)
     precision = _precision(weight)
     product = F.silu(gate).mul_(value).to(precision)
@@ -74,12 +86,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden (M, 2F), weight (F,) and bias (F,)."""
     grad = grad.contiguous()
-    if fused:
-        from kernels import triton_gated_norm
-
-        return triton_gated_norm.backward(grad, hidden, weight, mean, rstd)
-    if c_gated_norm.can_run(hidden, weight):
-        return c_gated_norm.backward(grad, hidden, weight, mean, rstd)
+    if (kernels := _kernels(hidden, weight, fused)) is not None:
+        d_hidden, d_parameters = kernels.backward(grad, hidden, weight, mean, rstd)
+        d_weight, d_bias = (part.sum(0).to(weight.dtype) for part in d_parameters.unbind(1))
+        return d_hidden, d_weight, d_bias
     gate, value = hidden.chunk(2, dim=-1)
     activated = F.silu(gate)
     precision = _precision(weight)
@@ -100,13 +110,7 @@ def _backward(
 
 @torch.library.register_fake("eva02_at::gated_norm_backward")
 def _(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    fused: bool,
+    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(hidden), torch.empty_like(weight), torch.empty_like(bias)
 

@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "bfloat16.h"
+
 /* What c_rotation.py fills in, field by field, each eight bytes wide. B clips of 1 + T*N tokens (the
  * CLS first, then N patches of each of T frames), H heads, P pairs. */
 typedef struct {
@@ -34,19 +36,6 @@ static inline void turn_float32(const float *x, float *out, const float *cos, co
         out[2 * p] = even * cos[p] - odd * sin[p];
         out[2 * p + 1] = even * sin[p] + odd * cos[p];
     }
-}
-
-static inline float float_of(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-/* A float's bits, whose upper half then is the nearest bfloat16 (ties to even); NaN stays NaN. */
-static inline uint32_t rounded(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return x != x ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u);
 }
 
 /* A pair of bfloat16 is one word, the even channel in its lower half: nothing to shuffle. */

@@ -42,23 +42,19 @@ def _rotate_parts(
         if len({x.stride() for x in turned}) > 1 or turned[0].stride(-1) != 1:
             turned = [x.contiguous() for x in turned]
         rotate_parts(turned, outs[:num_turned], factors, -1.0 if inverse else 1.0)
-        for x, out in zip(parts[num_turned:], outs[num_turned:], strict=True):
-            out.copy_(x)
-        return
-    if not all(map(_is_pairable, outs)):  # never so for what a linear map made
+    elif not all(map(_is_pairable, outs)):  # never so for what a linear map made
         copies = [x.clone(memory_format=torch.contiguous_format) for x in parts]
         _rotate_parts(copies, copies, factors, inverse=inverse, fused=False, num_turned=num_turned)
-        for copy, out in zip(copies, outs, strict=True):
-            out.copy_(copy)
-        return
-    parts = [
-        x if _is_pairable(x) else x.clone(memory_format=torch.contiguous_format) for x in parts
-    ]
-    if c_rotation.can_rotate(parts[0], factors[0]):
-        c_rotation.rotate_parts(parts, outs, factors, inverse, num_turned)
-        return
-    for x, out in zip(parts[:num_turned], outs[:num_turned], strict=True):
-        _multiply_into(x, out, *factors, inverse)
+        parts, num_turned = copies, 0
+    else:
+        parts = [
+            x if _is_pairable(x) else x.clone(memory_format=torch.contiguous_format) for x in parts
+        ]
+        if c_rotation.can_rotate(parts[0], factors[0]):
+            c_rotation.rotate_parts(parts, outs, factors, inverse, num_turned)
+            return
+        for x, out in zip(parts[:num_turned], outs[:num_turned], strict=True):
+            _multiply_into(x, out, *factors, inverse)
     for x, out in zip(parts[num_turned:], outs[num_turned:], strict=True):
         out.copy_(x)
 

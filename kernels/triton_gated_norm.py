@@ -101,14 +101,7 @@ def launch_sizes(num_channels: int, *, backward: bool) -> tuple[dict[str, int], 
 def forward(
     hidden: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return LN(SiLU(gate) * value) (M, F) of the weight's dtype, and mean and 1/std, (M,) float32.
-
-    Args:
-        hidden: (M, 2F), contiguous.
-        weight: (F,).
-        bias: (F,).
-        eps: Of the LayerNorm.
-    """
+    """The forward pass, as `kernels.gated_norm` asks for it."""
     num_rows, num_channels = len(hidden), len(weight)
     out = weight.new_empty(num_rows, num_channels)
     mean, rstd = (weight.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
@@ -123,16 +116,8 @@ def forward(
 
 def backward(
     grad: Tensor, hidden: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of hidden (M, 2F), weight (F,) and bias (F,).
-
-    Args:
-        grad: (M, F), of the output, contiguous.
-        hidden: As for `forward`.
-        weight: As for `forward`.
-        mean: Of `forward`.
-        rstd: Of `forward`.
-    """
+) -> tuple[Tensor, Tensor]:
+    """The backward pass, as `kernels.gated_norm` asks for it."""
     num_rows, num_channels = len(hidden), len(weight)
     d_hidden = torch.empty_like(hidden)
     num_programs = min(num_rows, _PROGRAMS_PER_PROCESSOR * _num_processors(hidden.device))
@@ -151,8 +136,7 @@ def backward(
             **sizes,
             num_warps=num_warps,
         )
-    d_weight, d_bias = (part.sum(0).to(weight.dtype) for part in d_parameters.unbind(1))
-    return d_hidden, d_weight, d_bias
+    return d_hidden, d_parameters
 
 
 def _num_processors(device: torch.device) -> int:
