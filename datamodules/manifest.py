@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datamodules.remote import FileCache, is_remote, read_bytes
+from datamodules.files import write_atomically
+from datamodules.stream.cache import FileCache, is_remote, read_bytes
 
 FORMAT = "eva02-at-shards-1"
 MANIFEST_NAME = "manifest.json"
@@ -292,17 +292,6 @@ class Manifest:
                 "again or rebuild the manifest"
             )
         return ShardIndex.from_bytes(data, where)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, then rename it: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def load_records(manifest: Manifest) -> list[ClipRecord]:

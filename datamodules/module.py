@@ -11,14 +11,9 @@ import torch.distributed
 from lightning import LightningDataModule, Trainer
 
 from datamodules.annotations.epic import read_retrieval_clips, read_sentences, retrieval_files
-from datamodules.decode import Decoder
-from datamodules.faults import FaultMonitor
-from datamodules.loader import PlaceLoader
 from datamodules.manifest import load_records
-from datamodules.order import StreamOrder
-from datamodules.reader import Corpus, SampleReader
-from datamodules.remote import FileCache
-from datamodules.stream import (
+from datamodules.stream.cache import FileCache
+from datamodules.stream.clips import (
     ChooseText,
     ClipOptions,
     EvalClips,
@@ -26,6 +21,11 @@ from datamodules.stream import (
     Narration,
     TrainStream,
 )
+from datamodules.stream.faults import FaultMonitor
+from datamodules.stream.loader import PlaceLoader
+from datamodules.stream.order import StreamOrder
+from datamodules.stream.reader import Corpus, SampleReader
+from datamodules.video.decode import Decoder
 
 
 @dataclass
@@ -83,8 +83,8 @@ class StreamDataModule(LightningDataModule):
         num_workers: Loader processes a rank; 0 reads in the trainer's own.
         prefetch: Batches that each of them prepares ahead.
         seed: Seed of order, crops, frames and texts.
-        lanes: Canonical streams; see `datamodules.order`.
-        shuffle_window: Samples of a lane that are permuted together; see `datamodules.order`.
+        lanes: Canonical streams; see `datamodules.stream.order`.
+        shuffle_window: Samples of a lane permuted together; see `datamodules.stream.order`.
         max_fault_rate: Share of damaged samples above which the run ends.
         accept_changed_data: Resume although the data or the batch size is not the checkpoint's.
         decoder: `decord`, or `torchcodec` where it is installed.

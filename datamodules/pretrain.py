@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from datamodules.module import RetrievalSplit, StreamDataModule
-from datamodules.stream import ChooseText, own_text
+from datamodules.stream.clips import ChooseText, own_text
 
 
 class PretrainDataModule(StreamDataModule):

@@ -10,8 +10,8 @@ import numpy as np
 
 from datamodules.manifest import ClipRecord
 from datamodules.module import RetrievalSplit, StreamDataModule
-from datamodules.order import IntArray
-from datamodules.stream import ChooseText, Narration
+from datamodules.stream.clips import ChooseText, Narration
+from datamodules.stream.order import IntArray
 
 
 class NarrationMiner:

@@ -12,12 +12,12 @@ from torchmetrics import MetricCollection
 
 from datamodules.batch import ClipBatch, TextBatch
 from lightning_modules.checkpoints import load_clip_checkpoint
-from lightning_modules.inference.source import find_checkpoint
+from lightning_modules.checkpoints.source import find_checkpoint
 from lightning_modules.metrics import MultiInstanceMAP, MultiInstanceNDCG
 from lightning_modules.models import DualEncoder, ModelConfig
 from lightning_modules.models.towers import Towers
-from lightning_modules.training.gradcache import encode_in_micro_batches
-from lightning_modules.training.optim import OptimizerConfig, configure_optimizers
+from lightning_modules.training.optim.gradcache import encode_in_micro_batches
+from lightning_modules.training.optim.optimizers import OptimizerConfig, configure_optimizers
 
 
 def load_initial_weights(path: str, model: DualEncoder) -> None:
@@ -124,7 +124,7 @@ class DualEncoderModule(TrainedModule):
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f"micro_batch is {micro_batch}; at least 1, or null for no splitting")
         self.micro_batch = micro_batch
-        self.model = model.build()
+        self.model = DualEncoder(model.resolve())
         self.loss = loss
         self.metrics = MetricCollection({"map": MultiInstanceMAP(), "ndcg": MultiInstanceNDCG()})
 

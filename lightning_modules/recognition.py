@@ -12,7 +12,7 @@ from datamodules.batch import ClipBatch, TextBatch
 from lightning_modules.base import TrainedModule, load_initial_weights
 from lightning_modules.metrics.functional.recognition import action_hits
 from lightning_modules.models import DualEncoder, ModelConfig, VideoClassifier
-from lightning_modules.training.optim import OptimizerConfig
+from lightning_modules.training.optim.optimizers import OptimizerConfig
 
 _FIGURES = [f"{kind}_top{k}" for kind in ("action", "verb", "noun") for k in (1, 5)]
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from datamodules.files import write_atomically
 from datamodules.manifest import (
     MANIFEST_NAME,
     ClipRecord,
@@ -27,12 +28,12 @@ from datamodules.manifest import (
     Shard,
     ShardIndex,
     index_name,
-    write_atomically,
 )
-from datamodules.shards.encode import EncodedClip, EncodeOptions, encode_clip
-from datamodules.shards.layouts import Piece, RejectedClip, VideoLayout
-from datamodules.shards.workers import Job, run_jobs
+from datamodules.shards.layouts import VideoLayout
 from datamodules.shards.writer import shard_name, write_shard
+from datamodules.video.encode import EncodedClip, EncodeOptions, encode_clip
+from datamodules.video.pieces import Piece, RejectedClip
+from datamodules.video.workers import Job, run_jobs
 
 REJECTS_NAME = "rejects.jsonl"
 _LOCK_WAIT_S = 2.0

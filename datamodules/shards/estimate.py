@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from datamodules.shards.build import BuildPlan
-from datamodules.shards.layouts import RejectedClip
+from datamodules.video.pieces import RejectedClip
 
 
 @dataclass(frozen=True)

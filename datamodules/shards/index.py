@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from datamodules.decode import DamagedSample, decode_frames
+from datamodules.files import write_atomically
 from datamodules.manifest import (
     MANIFEST_NAME,
     ClipRecord,
@@ -26,11 +26,11 @@ from datamodules.manifest import (
     Shard,
     ShardIndex,
     index_name,
-    write_atomically,
 )
 from datamodules.shards.build import REJECTS_NAME, BuildReport
-from datamodules.shards.workers import Job, run_jobs
 from datamodules.shards.writer import measure
+from datamodules.video.decode import DamagedSample, decode_frames
+from datamodules.video.workers import Job, run_jobs
 
 _VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov", "avi", "m4v")
 _ENTIRE_TAR = "(the tar)"

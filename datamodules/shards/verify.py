@@ -11,12 +11,13 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
-from datamodules.decode import DamagedSample, decode_frames
-from datamodules.manifest import Manifest, Shard, ShardIndex, write_atomically
-from datamodules.reader import Corpus, SampleReader
-from datamodules.remote import local_path
-from datamodules.shards.workers import Job, run_jobs
+from datamodules.files import write_atomically
+from datamodules.manifest import Manifest, Shard, ShardIndex
 from datamodules.shards.writer import measure
+from datamodules.stream.cache import local_path
+from datamodules.stream.reader import Corpus, SampleReader
+from datamodules.video.decode import DamagedSample, decode_frames
+from datamodules.video.workers import Job, run_jobs
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from typing import Any
 
 from webdataset.writer import TarWriter
 
-from datamodules.manifest import ClipRecord, ShardIndex, index_name, write_atomically
-from datamodules.shards.encode import EncodedClip
-from datamodules.shards.layouts import RejectedClip
+from datamodules.files import write_atomically
+from datamodules.manifest import ClipRecord, ShardIndex, index_name
+from datamodules.video.encode import EncodedClip
+from datamodules.video.pieces import RejectedClip
 
 _BLOCK = tarfile.BLOCKSIZE
 

@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from datamodules.demo_world import WorldOptions
 from kernels.pages import write_between
-from lightning_modules.cli import train
-from lightning_modules.cli.demo import Demo
-from lightning_modules.cli.demo_probe import Probe
+from lightning_modules.cli.main import main as run_command
+from lightning_modules.demo.probe import Probe
+from lightning_modules.demo.run import Demo
+from lightning_modules.demo.world import WorldOptions
+from lightning_modules.training.recipe import build_cli
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WORLD = WorldOptions(seed=0, num_pretrain=4800, num_train=1200, num_test=576)
@@ -76,7 +77,7 @@ class Miniature:
 
     def run(self) -> dict[str, str]:
         """Run what is missing; returns the tables by name."""
-        world = Demo(self.out, WORLD.seed, WORLD)
+        world = Demo(run_command, self.out, WORLD.seed, WORLD)
         world.make_videos()
         world.make_shards()
         modes = [(mode, seed) for seed in SEEDS for mode in TEMPORAL]
@@ -156,7 +157,7 @@ class Miniature:
         """The figures of a test run, and how often the model names verb and noun."""
         flat = json.loads((run / "test.json").read_text())
         words = [f"--config={CONFIGS / 'demo' / 'retrieval.yaml'}", f"--data_dir={self.out}"]
-        probe = Probe(run, checkpoint, train.build_cli([*words, f"--run_dir={run}"]).datamodule)
+        probe = Probe(run, checkpoint, build_cli([*words, f"--run_dir={run}"]).datamodule)
         plain, shuffled = probe.accuracies(), probe.accuracies(shuffled=True)
         return {
             "map": flat["test/map_avg"],

@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from lightning_modules.checkpoints.conversion import save_model
 from lightning_modules.cli.model_options import add_model_options, load_from_options
 from lightning_modules.cli.parser import CommandParser
-from lightning_modules.inference.loading import save_model
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from datamodules.files import write_atomically, write_whole
+from datamodules.video.windows import Unreadable, Window, find_videos, read_clip_list
 from lightning_modules.cli.model_options import add_model_options, load_from_options
-from lightning_modules.cli.output import write_atomically
 from lightning_modules.cli.parser import CommandParser
 from lightning_modules.cli.video_options import (
     add_video_options,
@@ -23,8 +24,6 @@ from lightning_modules.cli.video_options import (
     report_unreadable,
 )
 from lightning_modules.inference.embedding import Embedded, Embedder
-from lightning_modules.inference.files import write_whole
-from lightning_modules.inference.videos import Unreadable, Window, find_videos, read_clip_list
 
 _SUFFIXES = (".pt", ".npy", ".parquet")
 

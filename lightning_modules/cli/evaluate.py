@@ -16,14 +16,14 @@ import torch
 from lightning.fabric import Fabric
 from tqdm import tqdm
 
-from lightning_modules.benchmarks import BENCHMARKS
-from lightning_modules.benchmarks.ek100_mir import EK100Retrieval
-from lightning_modules.benchmarks.embed import EmbedOptions
-from lightning_modules.benchmarks.run import Evaluation, evaluate, open_benchmark
-from lightning_modules.benchmarks.submission import write_submission
+from datamodules.files import write_atomically
 from lightning_modules.cli.model_options import add_model_options, load_from_options
-from lightning_modules.cli.output import write_atomically
 from lightning_modules.cli.parser import CommandParser
+from lightning_modules.evaluation.benchmarks import BENCHMARKS
+from lightning_modules.evaluation.benchmarks.ek100_mir import EK100Retrieval
+from lightning_modules.evaluation.embed import EmbedOptions
+from lightning_modules.evaluation.run import Evaluation, evaluate, open_benchmark
+from lightning_modules.evaluation.submission import write_submission
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

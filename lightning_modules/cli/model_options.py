@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lightning_modules.inference.loading import LoadedModel, load_model
+from lightning_modules.checkpoints.conversion import LoadedModel, load_model
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

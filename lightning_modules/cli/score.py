@@ -11,11 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_modules.benchmarks.ek100_mir import RetrievalAnnotations, scores_as_metrics
-from lightning_modules.benchmarks.similarity import dual_softmax, ensemble
-from lightning_modules.benchmarks.submission import Levels, write_submission
-from lightning_modules.cli.output import write_atomically
+from datamodules.files import write_atomically
 from lightning_modules.cli.parser import CommandParser
+from lightning_modules.evaluation.benchmarks.ek100_mir import (
+    RetrievalAnnotations,
+    scores_as_metrics,
+)
+from lightning_modules.evaluation.similarity import dual_softmax, ensemble
+from lightning_modules.evaluation.submission import Levels, write_submission
 
 
 def _parser() -> argparse.ArgumentParser:

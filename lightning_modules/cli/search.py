@@ -11,8 +11,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from datamodules.files import write_atomically
+from datamodules.video.windows import Unreadable
+from lightning_modules.checkpoints.conversion import LoadedModel
 from lightning_modules.cli.model_options import add_model_options, load_from_options
-from lightning_modules.cli.output import write_atomically
 from lightning_modules.cli.parser import CommandParser
 from lightning_modules.cli.video_options import (
     add_video_options,
@@ -20,10 +22,8 @@ from lightning_modules.cli.video_options import (
     report_unreadable,
 )
 from lightning_modules.inference.embedding import Embedder
-from lightning_modules.inference.loading import LoadedModel
 from lightning_modules.inference.search_index import SearchIndex
 from lightning_modules.inference.search_page import Answer, clock, search_page
-from lightning_modules.inference.videos import Unreadable
 
 _INDEX_FOLDER = ".eva02-at"
 

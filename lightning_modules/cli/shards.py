@@ -10,15 +10,15 @@ from pathlib import Path
 
 from datamodules.annotations.formats import FORMATS, read_clips
 from datamodules.annotations.mapped import Columns
+from datamodules.files import write_atomically
 from datamodules.manifest import Manifest
 from datamodules.shards.build import REJECTS_NAME, BuildPlan, BuildReport, build_shards
 from datamodules.shards.describe import describe, render
-from datamodules.shards.encode import RECIPES, EncodeOptions
 from datamodules.shards.estimate import estimate_build
 from datamodules.shards.index import index_tars
 from datamodules.shards.layouts import LAYOUTS, VideoLayout
 from datamodules.shards.verify import repair, verify
-from lightning_modules.cli.output import write_atomically
+from datamodules.video.encode import RECIPES, EncodeOptions
 from lightning_modules.cli.parser import CommandParser
 
 

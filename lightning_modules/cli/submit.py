@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from lightning_modules.cli.train import RecipeCLI, build_cli
-from lightning_modules.training.checkpoint_store import CheckpointFolder
+from lightning_modules.training.recipe import RecipeCLI, build_cli
+from lightning_modules.training.run.checkpoint_store import CheckpointFolder
 
 _TIME = re.compile(r"(\d+-)?\d+(:\d{2}){0,2}")
 _BYTES_PER_PARAMETER = 16  # of a checkpoint: weights and AdamW's state

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from lightning_modules.cli.output import write_atomically
+from datamodules.files import write_atomically
 from lightning_modules.sweep.cells import CellFailed, SweepFiles, run_cell
 from lightning_modules.sweep.page import sweep_page
 from lightning_modules.sweep.plan import Plan

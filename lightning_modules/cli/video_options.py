@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
+from datamodules.video.windows import Unreadable
 from lightning_modules.inference.embedding import EmbedOptions
-from lightning_modules.inference.videos import Unreadable
 
 _MOST_NAMED = 20
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from datamodules.tokenizer import Tokenizer
-from lightning_modules.inference.videos import (
+from datamodules.video.windows import (
     Unreadable,
     Window,
     probe_videos,

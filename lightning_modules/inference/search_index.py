@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from datamodules.files import write_whole
+from datamodules.video.windows import Window, find_videos
 from lightning_modules.inference.embedding import Embedded, Embedder
-from lightning_modules.inference.files import write_whole
-from lightning_modules.inference.videos import Window, find_videos
 
 _FORMAT = "eva02-at search index 1"
 _SLICE = 64  # videos between two looks at the clock

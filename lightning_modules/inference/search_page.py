@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from datamodules.video.windows import Unreadable, Window, in_children, read_frames
 from lightning_modules.inference.search_index import Hit
-from lightning_modules.inference.videos import Unreadable, Window, in_children, read_frames
 
 _FRAMES, _HEIGHT = 3, 120
 

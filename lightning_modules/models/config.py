@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from lightning_modules.models.dual_encoder import DualEncoder
 
 ARCHITECTURES = ("eva02", "clip")
 ACTIVATIONS = ("gelu", "quick_gelu")
@@ -303,9 +299,3 @@ class ModelConfig:
         """
         overrides = {name: value for name, value in vars(self).items() if name != "preset"}
         return resolve_config(self.preset, **overrides)
-
-    def build(self) -> DualEncoder:
-        """Build the model with freshly initialised parameters."""
-        from lightning_modules.models.dual_encoder import DualEncoder
-
-        return DualEncoder(self.resolve())

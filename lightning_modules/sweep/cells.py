@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.inference.files import write_whole
+from datamodules.files import write_whole
 from lightning_modules.sweep.plan import Cell, Plan
 
 _OUR_ERROR = "eva02-at: error: "

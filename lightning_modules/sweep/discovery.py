@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_modules.inference.source import (
+from lightning_modules.checkpoints.source import (
     CheckpointSource,
     complete_checkpoints,
     find_checkpoint,

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.inference.files import write_whole
+from datamodules.files import write_whole
 
 KEY_DIGITS = 16
 

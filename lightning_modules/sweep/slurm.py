@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lightning_modules.inference.files import write_whole
+from datamodules.files import write_whole
 from lightning_modules.sweep.cells import SweepFiles
 from lightning_modules.sweep.plan import Cell
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from lightning_modules.cli.train import build_cli
+from lightning_modules.training.recipe import build_cli
 
 
 def words(recipe, folder, strategy):

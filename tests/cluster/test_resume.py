@@ -116,7 +116,7 @@ def test_the_stop_flag_is_there_before_torch():
     """A signal while a rank is still importing sets the flag; it does not kill the rank."""
     code = (
         "import os, signal, sys; from lightning_modules.cli import main; from "
-        "lightning_modules.training.signals import STOP; assert 'torch' not in sys.modules; "
+        "lightning_modules.training.run.signals import STOP; assert 'torch' not in sys.modules; "
         "STOP.install(); os.kill(os.getpid(), signal.SIGTERM); print(STOP.received.name)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -29,7 +29,7 @@ def submit(slurm, folder: Path, *words: str, **options) -> str:
     script = Path(__file__).with_name("tiny_run.py")
     # as cli/main.py does it: the flag first, then the imports that take seconds
     start = (
-        "from lightning_modules.training.signals import STOP; STOP.install(); import runpy; "
+        "from lightning_modules.training.run.signals import STOP; STOP.install(); import runpy; "
         f"runpy.run_path('{script}', run_name='__main__')"
     )
     command.write_text(f'#!/bin/bash\nexec {sys.executable} -c "{start}" "$@"\n')

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from lightning_modules.cli.train import build_cli
-from lightning_modules.training.strategies import ZeroStrategy
+from lightning_modules.training.recipe import build_cli
+from lightning_modules.training.run.strategies import ZeroStrategy
 
 FOLDER = Path(__file__).parents[2] / "configs" / "strategy"
 ZERO = {

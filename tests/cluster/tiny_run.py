@@ -19,16 +19,16 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.loader import PlaceLoader
-from lightning_modules.training.checkpointing import SafeCheckpoints
-from lightning_modules.training.csv_log import AppendingCSVLogger
-from lightning_modules.training.ema import WeightAverage
-from lightning_modules.training.health import FiniteGuard
-from lightning_modules.training.optim import OptimizerConfig, configure_optimizers
-from lightning_modules.training.seeding import StepSeed
-from lightning_modules.training.signals import EXIT_REQUEUE, RunStopped
-from lightning_modules.training.strategies import ZeroStrategy
-from lightning_modules.training.watchdog import StallWatchdog
+from datamodules.stream.loader import PlaceLoader
+from lightning_modules.training.monitor.csv_log import AppendingCSVLogger
+from lightning_modules.training.monitor.health import FiniteGuard
+from lightning_modules.training.optim.ema import WeightAverage
+from lightning_modules.training.optim.optimizers import OptimizerConfig, configure_optimizers
+from lightning_modules.training.run.checkpointing import SafeCheckpoints
+from lightning_modules.training.run.seeding import StepSeed
+from lightning_modules.training.run.signals import EXIT_REQUEUE, RunStopped
+from lightning_modules.training.run.strategies import ZeroStrategy
+from lightning_modules.training.run.watchdog import StallWatchdog
 
 GLOBAL_BATCH, STEPS_PER_EPOCH = 8, 5
 

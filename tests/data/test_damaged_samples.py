@@ -15,13 +15,13 @@ from conftest import make_records
 from test_shards import foreign_tar
 from torch.utils.data._utils import signal_handling
 
-import datamodules.stream
-from datamodules.faults import FaultMonitor, TooManyDamagedSamples
+import datamodules.stream.clips
 from datamodules.manifest import Manifest
 from datamodules.module import RetrievalSplit
 from datamodules.pretrain import PretrainDataModule
 from datamodules.retrieval import RetrievalDataModule
 from datamodules.shards import LAYOUTS, EncodeOptions, build_shards, index_tars
+from datamodules.stream.faults import FaultMonitor, TooManyDamagedSamples
 
 
 def pretrain(location, **kwargs):
@@ -160,7 +160,7 @@ def test_damaged_clips_are_left_out_of_an_evaluation(shards, tmp_path, caplog):
 
 
 def test_a_killed_loader_worker_is_reported_with_its_sample(shards, monkeypatch):
-    decode = datamodules.stream.decode_frames
+    decode = datamodules.stream.clips.decode_frames
 
     def deadly(data, *args):
         deadly.count += 1
@@ -169,7 +169,7 @@ def test_a_killed_loader_worker_is_reported_with_its_sample(shards, monkeypatch)
         return decode(data, *args)
 
     deadly.count = 0
-    monkeypatch.setattr(datamodules.stream, "decode_frames", deadly)
+    monkeypatch.setattr(datamodules.stream.clips, "decode_frames", deadly)
     with pytest.raises(RuntimeError, match=r"worker 0 \(exit code -11\) was at sample 0000000\d\d"):
         list(pretrain(shards, num_workers=1).train_dataloader())
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from conftest import write_video
 
-from datamodules.decode import (
+from datamodules.tokenizer import EOT_ID, SOT_ID, Tokenizer
+from datamodules.video.decode import (
     DamagedSample,
     check_decoder,
     crop_and_resize,
@@ -18,7 +19,6 @@ from datamodules.decode import (
     resize_and_centre_crop,
     segment_times,
 )
-from datamodules.tokenizer import EOT_ID, SOT_ID, Tokenizer
 
 
 def test_evaluation_takes_the_centres_of_equal_segments():

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.order import StreamOrder, keyed_hash, keyed_permutation
+from datamodules.stream.order import StreamOrder, keyed_hash, keyed_permutation
 
 
 def epoch_pairs(order, epoch=0):

@@ -14,7 +14,7 @@ import torch
 
 from datamodules.manifest import Manifest
 from datamodules.pretrain import PretrainDataModule
-from datamodules.remote import Fetcher, FileCache, is_remote, read_bytes
+from datamodules.stream.cache import Fetcher, FileCache, is_remote, read_bytes
 
 
 @pytest.fixture

@@ -22,14 +22,14 @@ import webdataset
 from conftest import FAST, make_records, write_video
 
 from datamodules.manifest import ClipRecord, Manifest, load_records
-from datamodules.reader import Corpus, SampleReader
 from datamodules.shards import LAYOUTS, EncodeOptions, VideoLayout, build_shards, index_tars
 from datamodules.shards.build import BuildPlan
-from datamodules.shards.encode import encode_clip
 from datamodules.shards.estimate import estimate_build
-from datamodules.shards.layouts import RejectedClip
 from datamodules.shards.verify import repair, verify
-from datamodules.shards.workers import Job, run_jobs
+from datamodules.stream.reader import Corpus, SampleReader
+from datamodules.video.encode import encode_clip
+from datamodules.video.pieces import RejectedClip
+from datamodules.video.workers import Job, run_jobs
 from lightning_modules.cli.shards import main
 
 
@@ -409,7 +409,7 @@ def test_the_frames_of_a_batch_are_those_of_its_segments(videos, tmp_path):
     clip = ClipRecord("a", "v0", 1.0, 1.8, ("t",))
     build([clip], videos, tmp_path / "set")
     reader = SampleReader(Corpus.load([str(tmp_path / "set")]))
-    from datamodules.decode import decode_frames
+    from datamodules.video.decode import decode_frames
 
     frames = decode_frames(reader.read(0, 0).video, 4)
     brightness = (frames.reshape(4, -1).mean(1) - 8) / 4

@@ -14,7 +14,7 @@ from datamodules.module import RetrievalSplit
 from datamodules.pretrain import PretrainDataModule
 from datamodules.relevance import relevance_matrix
 from datamodules.retrieval import NarrationMiner, RetrievalDataModule
-from datamodules.stream import own_text
+from datamodules.stream.clips import own_text
 
 
 def pretrain(shards, **kwargs) -> PretrainDataModule:

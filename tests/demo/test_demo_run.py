@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.demo_world import WorldOptions
 from lightning_modules.cli.demo import Demo
 from lightning_modules.cli.main import main
+from lightning_modules.demo.world import WorldOptions
 
 FASTEST = (
     "--trainer.max_epochs=3",
@@ -49,7 +49,7 @@ def test_the_demo_runs_from_videos_to_report(tmp_path: Path) -> None:
 
 
 def test_the_time_of_a_stopped_stage_counts(tmp_path: Path) -> None:
-    demo = Demo(tmp_path, seed=0, world=WorldOptions(), seconds={"pretrain": 5.0})
+    demo = Demo(main, tmp_path, seed=0, world=WorldOptions(), seconds={"pretrain": 5.0})
 
     def stopped() -> None:
         raise KeyboardInterrupt

@@ -11,9 +11,9 @@ import pytest
 
 from datamodules.annotations.epic import read_retrieval_clips, read_sentences, retrieval_files
 from datamodules.annotations.formats import read_clips
-from datamodules.demo_world import DemoWorld, WorldOptions, build_world, sample_scene
-from datamodules.demo_world.draw import draw_scene
-from datamodules.demo_world.vocabulary import (
+from lightning_modules.demo.world import DemoWorld, WorldOptions, build_world, sample_scene
+from lightning_modules.demo.world.draw import draw_scene
+from lightning_modules.demo.world.vocabulary import (
     NOUNS,
     VERBS,
     imperative,

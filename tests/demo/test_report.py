@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.demo_world.vocabulary import NOUNS, VERBS, imperative
-from lightning_modules.cli.report import DemoResults, gallery_rows, write_report
-from lightning_modules.cli.report.charts import read_series, smooth, ticks
-from lightning_modules.cli.report.matrices import class_key, matrix_picture
+from lightning_modules.demo.report import DemoResults, gallery_rows, write_report
+from lightning_modules.demo.report.charts import read_series, smooth, ticks
+from lightning_modules.demo.report.matrices import class_key, matrix_picture
+from lightning_modules.demo.world.vocabulary import NOUNS, VERBS, imperative
 
 VOID = {"meta", "img", "link", "br", "input"}
 SECTIONS = (

@@ -14,17 +14,17 @@ from published_layouts import EVA, VIT, example, random_model
 from safetensors.torch import load_file, save_file
 
 from lightning_modules.checkpoints import load_clip_checkpoint
-from lightning_modules.cli.main import main
-from lightning_modules.inference.loading import load_model, save_model
-from lightning_modules.inference.model_config import (
+from lightning_modules.checkpoints.conversion import load_model, save_model
+from lightning_modules.checkpoints.model_config import (
     config_to_json,
     guess_config,
     read_config,
     with_settings,
 )
-from lightning_modules.inference.source import complete_checkpoints, find_checkpoint
+from lightning_modules.checkpoints.source import complete_checkpoints, find_checkpoint
+from lightning_modules.cli.main import main
 from lightning_modules.models import PRESETS, DualEncoder, DualEncoderConfig
-from lightning_modules.training.checkpoint_store import (
+from lightning_modules.training.run.checkpoint_store import (
     STATE,
     CheckpointFolder,
     Manifest,

@@ -13,10 +13,10 @@ import pytest
 import torch
 from published_layouts import EVA
 
+from lightning_modules.checkpoints.conversion import load_model
+from lightning_modules.checkpoints.model_config import config_to_json
+from lightning_modules.checkpoints.source import find_checkpoint
 from lightning_modules.cli.main import main
-from lightning_modules.inference.loading import load_model
-from lightning_modules.inference.model_config import config_to_json
-from lightning_modules.inference.source import find_checkpoint
 
 pytestmark = pytest.mark.distributed
 CASES = ["0-fp32", "0-bf16", "1-fp32", "1-bf16", "2-fp32", "2-bf16", "3-fp32", "3-bf16"]

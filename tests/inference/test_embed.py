@@ -12,12 +12,12 @@ from published_layouts import EVA, VIT, random_model
 from pyarrow import parquet
 from small_videos import write_video
 
-from datamodules.decode import decode_frames, resize_and_centre_crop
+from datamodules.video.decode import decode_frames, resize_and_centre_crop
+from datamodules.video.windows import Window
+from lightning_modules.checkpoints.model_config import config_to_json
 from lightning_modules.cli.main import main
 from lightning_modules.inference import embedding
 from lightning_modules.inference.embedding import Embedder, EmbedOptions
-from lightning_modules.inference.model_config import config_to_json
-from lightning_modules.inference.videos import Window
 from lightning_modules.models import DualEncoder, DualEncoderConfig
 
 # Sums of another order (batches of another size): fp32 rounding of unit vectors.

@@ -13,12 +13,12 @@ import torch
 from published_layouts import EVA, random_model
 from small_videos import write_video
 
+from datamodules.video.windows import Window
+from lightning_modules.checkpoints.model_config import config_to_json
 from lightning_modules.cli.main import main
 from lightning_modules.inference.embedding import Embedder, EmbedOptions
-from lightning_modules.inference.model_config import config_to_json
 from lightning_modules.inference.search_index import Hit, SearchIndex
 from lightning_modules.inference.search_page import Answer, clock, search_page
-from lightning_modules.inference.videos import Window
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
-from lightning_modules.inference.model_config import read_config
+from lightning_modules.checkpoints.model_config import read_config
 from lightning_modules.models import DualEncoder
 
 CASES = [

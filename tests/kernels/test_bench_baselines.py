@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_modules.cli.bench import baselines
+from lightning_modules.bench import baselines
+from lightning_modules.bench.timing import compare, peak_tensor_bytes
 from lightning_modules.cli.bench import main as bench
-from lightning_modules.cli.bench.timing import compare, peak_tensor_bytes
 from lightning_modules.models import (
     DualEncoder,
     DualEncoderConfig,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from kernels import c_gated_norm, c_library
 from kernels.gated_norm import gated_norm
-from lightning_modules.cli.bench.timing import peak_tensor_bytes
+from lightning_modules.bench.timing import peak_tensor_bytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # roundings of a few operations in float32, and of the result alone: 8 and 11 bits

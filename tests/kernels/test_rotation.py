@@ -18,7 +18,7 @@ from kernels import c_library, c_rotation
 from kernels.attention import available_backends
 from kernels.rotation import _multiply_into, pack_unrotated, rotate, rotate_packed_, split_rotated
 from kernels.st_rope import StRopeTables, apply_st_rope, rotate_reference, st_rope_tables
-from lightning_modules.cli.bench.timing import peak_tensor_bytes
+from lightning_modules.bench.timing import peak_tensor_bytes
 
 # grid, frames, heads, head dim: odd everything, head dims that are no power of two
 SHAPES = [((2, 3), 3, 3, 20), ((1, 1), 1, 1, 4), ((3, 3), 2, 4, 64), ((5, 1), 5, 2, 12)]

@@ -407,13 +407,10 @@ def test_weight_decay_and_layer_ids() -> None:
 
 def test_model_config_builds_what_it_says() -> None:
     config = ModelConfig(preset="eva02_at_tiny", embed_dim=20, num_frames=2, temporal="split")
-    model = config.build()
+    model = DualEncoder(config.resolve())
     assert model.config.embed_dim == 20 and model.visual.config.num_frames == 2
     assert model.visual.config.temporal == "split"
-    assert (
-        ModelConfig(preset="eva02_at_tiny", embed_dim=None).build().config
-        == PRESETS["eva02_at_tiny"]
-    )
+    assert ModelConfig(preset="eva02_at_tiny", embed_dim=None).resolve() == PRESETS["eva02_at_tiny"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from datamodules.batch import ClipBatch
-from lightning_modules.cli.train import RecipeCLI, build_cli
+from lightning_modules.training.recipe import RecipeCLI, build_cli
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(

@@ -18,9 +18,9 @@ from datamodules.annotations.formats import read_clips
 from datamodules.batch import ClipBatch, TextBatch
 from datamodules.shards import LAYOUTS, EncodeOptions, build_shards
 from lightning_modules.cli.main import main
-from lightning_modules.models import ModelConfig
+from lightning_modules.models import DualEncoder, ModelConfig
 from lightning_modules.recognition import RecognitionModule
-from lightning_modules.training.optim import OptimizerConfig
+from lightning_modules.training.optim.optimizers import OptimizerConfig
 
 RECIPE = Path(__file__).parents[2] / "configs" / "recognition" / "eva02_at_base_ek100.yaml"
 TINY = ModelConfig(preset="eva02_at_tiny", embed_dim=16, num_frames=2)
@@ -98,7 +98,7 @@ def batch(verbs: list[list[int]], nouns: list[list[int]]) -> ClipBatch:
 def test_the_recipe_learns_from_a_pretrained_tower_and_is_tested(tmp_path, annotations, capsys):
     make_shards(tmp_path, annotations)
     pretrained = tmp_path / "pretrained.pt"
-    torch.save(replace(TINY, embed_dim=256).build().state_dict(), pretrained)
+    torch.save(DualEncoder(replace(TINY, embed_dim=256).resolve()).state_dict(), pretrained)
     run = tmp_path / "run"
     common = [f"--config={RECIPE}", f"--data_dir={tmp_path}", f"--run_dir={run}", *SMALL]
     assert main(["fit", *common, f"--model.init_checkpoint={pretrained}"]) == 0
@@ -115,7 +115,7 @@ def test_the_recipe_learns_from_a_pretrained_tower_and_is_tested(tmp_path, annot
 
 
 def test_a_pretrained_tower_comes_without_its_projection(tmp_path, annotations):
-    pretrained = TINY.build()
+    pretrained = DualEncoder(TINY.resolve())
     torch.save(pretrained.state_dict(), tmp_path / "m.pt")
     ours = module(annotations, init_checkpoint=str(tmp_path / "m.pt"))
     ours.configure_model()

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from lightning_modules.training.checkpoint_store import (
+from lightning_modules.training.run.checkpoint_store import (
     STATE,
     CheckpointFolder,
     Manifest,

@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_modules.training.ema import WeightAverage
+from lightning_modules.training.optim.ema import WeightAverage
 
 
 class Module(LightningModule):

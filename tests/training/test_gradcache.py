@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_modules.losses import InfoNCELoss
 from lightning_modules.models import DualEncoderConfig, TextConfig, VisionConfig, build_dual_encoder
-from lightning_modules.training.gradcache import encode_in_micro_batches
+from lightning_modules.training.optim.gradcache import encode_in_micro_batches
 
 
 def build():

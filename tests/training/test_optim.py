@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_modules.training.lamb import Lamb
-from lightning_modules.training.optim import (
+from lightning_modules.training.optim.lamb import Lamb
+from lightning_modules.training.optim.optimizers import (
     OptimizerConfig,
     build_optimizers,
     optimizer_steps_per_epoch,
     parameter_groups,
     total_optimizer_steps,
 )
-from lightning_modules.training.schedules import learning_rate_factor
+from lightning_modules.training.optim.schedules import learning_rate_factor
 
 
 class Towers(nn.Module):

@@ -10,8 +10,15 @@ import torch
 from epic_files import write_recognition_split
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_modules.cli.plan import main, make_plan
-from lightning_modules.cli.planning import (
+from lightning_modules.cli.plan import main
+from lightning_modules.models import (
+    DualEncoderConfig,
+    TextConfig,
+    VideoClassifier,
+    VisionConfig,
+    build_dual_encoder,
+)
+from lightning_modules.planning.costs import (
     GIB,
     ClusterConfig,
     communication_bytes,
@@ -21,15 +28,9 @@ from lightning_modules.cli.planning import (
     saved_bytes,
     state_bytes,
 )
-from lightning_modules.cli.train import build_cli
-from lightning_modules.models import (
-    DualEncoderConfig,
-    TextConfig,
-    VideoClassifier,
-    VisionConfig,
-    build_dual_encoder,
-)
-from lightning_modules.training.flops import pair_flops, peak_tflops, video_flops
+from lightning_modules.planning.plan import make_plan
+from lightning_modules.training.monitor.flops import pair_flops, peak_tflops, video_flops
+from lightning_modules.training.recipe import build_cli
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,1 @@
+"""The stream: which sample stands where, read, checked, decoded and batched."""

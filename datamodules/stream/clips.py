@@ -1,0 +1,278 @@
+"""Batches of the training stream and of evaluation, made from an order and a reader.
+
+A batch is asked for by its place in the order and made whole by one loader worker; nothing else
+decides what is in it. What is drawn at random (frames, crop, text) is seeded by
+(seed, epoch, sample index), so it does not depend on who draws it either.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datamodules.batch import ClipBatch, TextBatch, pad_class_ids
+from datamodules.manifest import ClipRecord
+from datamodules.stream.faults import FaultMonitor
+from datamodules.stream.order import EpochOrder, StreamOrder, keyed_hash
+from datamodules.stream.reader import SampleReader
+from datamodules.tokenizer import Tokenizer
+from datamodules.video.decode import (
+    DamagedSample,
+    Decoder,
+    check_decoder,
+    crop_and_resize,
+    decode_frames,
+    random_crop_box,
+    resize_and_centre_crop,
+)
+
+_MAX_SUBSTITUTES = 100
+
+
+@dataclass(frozen=True)
+class Narration:
+    """A text and what it is about.
+
+    Attributes:
+        text: The text.
+        text_index: Its row in the sentence list; -1 for the clip's own.
+        verb_classes: Its verb class ids.
+        noun_classes: Its noun class ids.
+    """
+
+    text: str
+    text_index: int
+    verb_classes: Sequence[int]
+    noun_classes: Sequence[int]
+
+
+class ChooseText(Protocol):
+    """How training picks a clip's text."""
+
+    def __call__(self, record: ClipRecord, generator: random.Random) -> Narration:
+        """Return the text of one visit to a clip."""
+
+
+def own_text(record: ClipRecord, generator: random.Random | None = None) -> Narration:
+    """One of the clip's own texts, at random with a generator, else the first."""
+    pick = 0 if generator is None else generator.randrange(len(record.texts))
+    return Narration(record.texts[pick], -1, record.verb_classes, record.noun_classes)
+
+
+@dataclass(frozen=True)
+class ClipOptions:
+    """What a clip becomes.
+
+    Attributes:
+        num_frames: T.
+        image_size: Side of the frames.
+        crop_scale: Least and greatest share of the frame's area for the random crop.
+        decoder: Which library decodes.
+    """
+
+    num_frames: int = 4
+    image_size: int = 224
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    decoder: Decoder = "decord"
+
+    def __post_init__(self) -> None:
+        check_decoder(self.decoder)
+        if self.num_frames < 1 or self.image_size < 1:
+            raise ValueError("num_frames and image_size must be at least 1")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale is {self.crop_scale}; it must rise, within (0, 1]")
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One pair before it is collated."""
+
+    video: Tensor
+    clip_index: int
+    sample_index: int
+    record: ClipRecord
+    narration: Narration
+    key: str
+
+
+class TrainStream(Dataset):
+    """Training batches by (epoch, step, part).
+
+    Args:
+        reader: Where samples come from.
+        order: Which sample belongs where.
+        options: Frames and crop.
+        choose_text: Which text goes with a clip.
+        monitor: Counts damaged samples.
+        part: This rank's first part of each global batch.
+        num_parts: Ranks x micro-batches.
+    """
+
+    def __init__(
+        self,
+        reader: SampleReader,
+        order: StreamOrder,
+        options: ClipOptions,
+        choose_text: ChooseText,
+        monitor: FaultMonitor,
+        part: int,
+        num_parts: int,
+    ) -> None:
+        self.reader, self.order, self.options = reader, order, options
+        self.choose_text, self.monitor = choose_text, monitor
+        self.part, self.num_parts = part, num_parts
+        self.tokenizer = Tokenizer(pad_to_multiple_of=16)
+        self._epoch: EpochOrder | None = None
+
+    def __getitem__(self, place: tuple[int, int, int]) -> ClipBatch:
+        """Make one batch.
+
+        Args:
+            place: Epoch, step, and which of the rank's parts of it (its micro-batch).
+        """
+        epoch, step, micro = place
+        if self._epoch is None or self._epoch.number != epoch:
+            self._epoch = self.order.epoch(epoch)
+        slots = self._epoch.batch(step, self.part + micro, self.num_parts)
+        items = [
+            self._fill(self._epoch, int(lane), int(position), int(sample_index))
+            for lane, position, sample_index in zip(
+                slots.lane, slots.position, slots.sample_index, strict=True
+            )
+        ]
+        return collate(items, self.tokenizer)
+
+    def _fill(self, epoch: EpochOrder, lane: int, position: int, sample_index: int) -> _Item:
+        """Return the sample of a place or, if it is damaged, the next good one of its lane."""
+        lanes = np.array([lane])
+        for skip in range(_MAX_SUBSTITUTES):
+            shards, rows = epoch.locate(lanes, np.array([position + skip]))
+            shard, row = int(shards[0]), int(rows[0])
+            self.monitor.begin(shard, row)
+            try:
+                return self._make(epoch.number, shard, row, sample_index)
+            except DamagedSample as error:
+                name = self.reader.describe(shard, row)
+                self.monitor.report(name, str(error), "replaced by the next of its lane")
+        raise RuntimeError(f"{_MAX_SUBSTITUTES} damaged samples in a row, from {name} backwards")
+
+    def _make(self, epoch: int, shard: int, row: int, sample_index: int) -> _Item:
+        generator = random.Random(keyed_hash(self.order.seed, epoch, sample_index, 3))
+        sample = self.reader.read(shard, row)
+        narration = self.choose_text(sample.record, generator)
+        options = self.options
+        frames = decode_frames(sample.video, options.num_frames, generator, options.decoder)
+        height, width = frames.shape[1:3]
+        box = random_crop_box(height, width, generator, options.crop_scale)
+        return _Item(
+            crop_and_resize(frames, box, options.image_size),
+            int(self.reader.corpus.starts[shard]) + row,
+            sample_index,
+            sample.record,
+            narration,
+            sample.key,
+        )
+
+
+class EvalClips(Dataset):
+    """Evaluation batches of clips in the manifest's order, each clip exactly once over all ranks.
+
+    A damaged clip becomes a masked row: a substitute would be scored as what it is not.
+
+    Args:
+        reader: Where samples come from.
+        options: Frames and size.
+        monitor: Counts damaged samples.
+    """
+
+    def __init__(self, reader: SampleReader, options: ClipOptions, monitor: FaultMonitor) -> None:
+        self.reader, self.options, self.monitor = reader, options, monitor
+        self.tokenizer = Tokenizer()
+
+    def __len__(self) -> int:
+        return int(self.reader.corpus.starts[-1])
+
+    def __getitem__(self, span: tuple[int, int]) -> ClipBatch:
+        """Make the batch of rows [start, start + size); rows past the end are masked padding."""
+        start, size = span
+        return collate([self._make(start + i) for i in range(size)], self.tokenizer)
+
+    def _make(self, clip_index: int) -> _Item:
+        if clip_index < len(self):
+            starts = self.reader.corpus.starts
+            shard = int(np.searchsorted(starts, clip_index, side="right")) - 1
+            row = clip_index - int(starts[shard])
+            self.monitor.begin(shard, row)
+            try:
+                sample = self.reader.read(shard, row)
+                options = self.options
+                frames = decode_frames(sample.video, options.num_frames, None, options.decoder)
+                video = resize_and_centre_crop(frames, options.image_size)
+                record = sample.record
+                return _Item(video, clip_index, clip_index, record, own_text(record), sample.key)
+            except DamagedSample as error:
+                name = self.reader.describe(shard, row)
+                self.monitor.report(name, str(error), "left out of the evaluation")
+        size = self.options.image_size
+        blank = torch.zeros(3, self.options.num_frames, size, size, dtype=torch.uint8)
+        nothing = ClipRecord("", "", 0.0, 0.0, ("",))
+        return _Item(blank, -1, -1, nothing, own_text(nothing), "")
+
+
+class EvalSentences(Dataset):
+    """Evaluation batches of sentences in their list's order.
+
+    Args:
+        sentences: The list.
+    """
+
+    def __init__(self, sentences: Sequence[Narration]) -> None:
+        self.sentences = sentences
+        self.tokenizer = Tokenizer()
+
+    def __len__(self) -> int:
+        return len(self.sentences)
+
+    def __getitem__(self, span: tuple[int, int]) -> TextBatch:
+        """Make the batch of rows [start, start + size); rows past the end are masked padding."""
+        start, size = span
+        rows = list(self.sentences[start : start + size])
+        padding = size - len(rows)
+        return TextBatch(
+            tokens=self.tokenizer([row.text for row in rows] + [""] * padding),
+            text_index=torch.tensor([row.text_index for row in rows] + [-1] * padding),
+            mask=torch.tensor([True] * len(rows) + [False] * padding),
+            verb_classes=pad_class_ids([list(r.verb_classes) for r in rows] + [[]] * padding),
+            noun_classes=pad_class_ids([list(r.noun_classes) for r in rows] + [[]] * padding),
+        )
+
+
+def collate(items: Sequence[_Item], tokenizer: Callable[[Sequence[str]], Tensor]) -> ClipBatch:
+    """Stack pairs into a batch; rows without a clip (index -1) are masked."""
+    clip_index = torch.tensor([item.clip_index for item in items])
+    own = [item.narration.text_index < 0 for item in items]
+    return ClipBatch(
+        video=torch.stack([item.video for item in items]),
+        tokens=tokenizer([item.narration.text for item in items]),
+        clip_index=clip_index,
+        text_index=torch.tensor(
+            [
+                item.clip_index if mine else item.narration.text_index
+                for item, mine in zip(items, own, strict=True)
+            ]
+        ),
+        sample_index=torch.tensor([item.sample_index for item in items]),
+        mask=clip_index >= 0,
+        verb_classes=pad_class_ids([list(item.record.verb_classes) for item in items]),
+        noun_classes=pad_class_ids([list(item.record.noun_classes) for item in items]),
+        text_verb_classes=pad_class_ids([list(item.narration.verb_classes) for item in items]),
+        text_noun_classes=pad_class_ids([list(item.narration.noun_classes) for item in items]),
+        keys=[item.key for item in items],
+    )

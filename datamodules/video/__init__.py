@@ -1,0 +1,1 @@
+"""Video files: to frames, and from frames to the stored form."""

@@ -1,0 +1,353 @@
+"""Anybody's video files to model inputs: found, cut into windows, decoded in child processes.
+
+Times are seconds from a file's first frame. A window is shown by T frames at the centres of its T
+equal segments, as in training; the frame at a time is the one on the screen then, so that odd and
+variable frame rates keep their timing.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from datamodules.video.decode import resize_and_centre_crop
+from datamodules.video.workers import Job, run_jobs
+
+SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts"})
+_COLUMNS = ("video", "start_s", "end_s")
+_EPSILON_S = 1e-6
+_PROBED_AT_ONCE = 16  # videos in a child: starting one takes as long as probing a few
+_SEEK_S = 10.0  # farther apart, seeking is quicker than decoding what lies between
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of a video: seconds from its first frame."""
+
+    video: Path
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a video is: seconds to the end of its last frame, and of a frame (the mean)."""
+
+    duration_s: float
+    frame_s: float
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A video, or a window of one, that could not be decoded, and why."""
+
+    video: Path
+    reason: str
+    window: Window | None = None
+
+    def __str__(self) -> str:
+        w = self.window
+        span = "" if w is None else f" ({w.start_s:.2f}-{w.end_s:.2f} s)"
+        return f"{self.video}{span}: {self.reason}"
+
+
+def find_videos(places: Iterable[str | Path]) -> list[Path]:
+    """List video files.
+
+    Args:
+        places: Video files, folders (searched to the bottom, hidden names left out), or text
+            files with one path a line, relative to the text file.
+
+    Raises:
+        FileNotFoundError: a place does not exist.
+        ValueError: no video is found.
+    """
+    found: dict[Path, None] = {}
+    for place in map(Path, places):
+        if place.is_dir():
+            files = sorted(p for p in place.rglob("*") if _is_video(p.relative_to(place)))
+            found |= dict.fromkeys(files)
+        elif place.suffix == ".txt" and place.is_file():
+            lines = place.read_text().splitlines()
+            found |= dict.fromkeys(place.parent / line.strip() for line in lines if line.strip())
+        elif place.is_file():
+            found[place] = None
+        else:
+            raise FileNotFoundError(f"videos {place}: no such file or folder")
+    if not found:
+        raise ValueError(
+            f"no video in {', '.join(map(str, places))}; looked for {', '.join(sorted(SUFFIXES))}"
+        )
+    return list(found)
+
+
+def _is_video(relative: Path) -> bool:
+    hidden = any(part.startswith(".") for part in relative.parts)
+    return relative.suffix.lower() in SUFFIXES and not hidden
+
+
+def read_clip_list(path: Path) -> list[Window]:
+    """Read a CSV with the columns `video,start_s,end_s`; paths are relative to the CSV.
+
+    Raises:
+        ValueError: a column is missing, or a row is no span; names the row.
+    """
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in _COLUMNS if name not in (reader.fieldnames or [])]
+        if missing:
+            raise ValueError(f"{path} lacks the column {missing[0]}; it needs {','.join(_COLUMNS)}")
+        windows = []
+        for number, row in enumerate(reader, start=2):
+            try:
+                window = Window(
+                    path.parent / row["video"], float(row["start_s"]), float(row["end_s"])
+                )
+            except (TypeError, ValueError):
+                raise ValueError(f"{path} line {number}: start_s and end_s must be seconds") from (
+                    None
+                )
+            if not 0 <= window.start_s < window.end_s < math.inf:
+                raise ValueError(f"{path} line {number}: 0 <= start_s < end_s must hold")
+            windows.append(window)
+    if not windows:
+        raise ValueError(f"{path} lists no clip")
+    return windows
+
+
+def sliding_windows(
+    video: Path, length: Length, rate: float, window_s: float | None = None
+) -> list[Window]:
+    """Cover a video with windows at a fixed rate, its last frame included.
+
+        rate 2, windows of 0.5 s, video of 1.7 s:   |0   |0.5 |1.0 |1.5| -> the last is 0.2 s
+
+    Window k is centred at (k + 1/2) / rate and clipped to the video; the first that holds no frame
+    ends the list.
+
+    Args:
+        video: The file.
+        length: How long it is.
+        rate: Windows a second.
+        window_s: Length of a window; 1 / rate (neighbours touch) by default.
+    """
+    duration_s = length.duration_s
+    window_s = 1 / rate if window_s is None else window_s
+    count = math.floor((duration_s - length.frame_s) * rate + _EPSILON_S) + 1
+    windows = []
+    for centre in ((k + 0.5) / rate for k in range(count)):
+        start_s = max(0.0, centre - window_s / 2)
+        end_s = min(duration_s, centre + window_s / 2)
+        if start_s >= end_s:  # a short window whose centre lies beyond the end
+            start_s, end_s = max(0.0, duration_s - window_s), duration_s
+        windows.append(Window(video, start_s, end_s))
+    return windows
+
+
+def probe_videos(
+    videos: Sequence[Path], num_workers: int
+) -> Iterator[tuple[Path, Length | Unreadable]]:
+    """Measure videos in child processes; yields (video, its length or what is wrong with it).
+
+    Packets are counted, since headers are often wrong: no frame at the end is lost.
+    """
+    jobs = [videos[i : i + _PROBED_AT_ONCE] for i in range(0, len(videos), _PROBED_AT_ONCE)]
+    for results in in_children(_measure, jobs, num_workers, lambda video: video):
+        yield from results
+
+
+def read_windows(
+    windows: Sequence[Window], num_frames: int, size: int, num_workers: int, batch_size: int = 16
+) -> Iterator[tuple[list[Window], Tensor, list[Unreadable]]]:
+    """Decode windows in child processes: a video that crashes the decoder is a counted loss.
+
+    Args:
+        windows: In the order of videos and time, which is how they are read fastest.
+        num_frames: T.
+        size: Side of the frames: shorter side resized, centre cropped, as in evaluation.
+        num_workers: Child processes.
+        batch_size: Most windows in a yielded batch.
+
+    Yields:
+        Windows that were read, their (B, 3, T, size, size) uint8, and what could not be read; in
+        no fixed order.
+    """
+    batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
+
+    def read(group: Sequence[Window]) -> list[NDArray[np.uint8]]:
+        return _read_spans(group, num_frames, size)
+
+    jobs = [_neighbours(batch) for batch in batches]
+    for results in in_children(read, jobs, num_workers, lambda group: group[0].video):
+        kept, clips, lost = [], [], []
+        for group, result in results:
+            if isinstance(result, Unreadable):
+                lost += [Unreadable(w.video, result.reason, w) for w in group]
+            else:
+                kept += group
+                clips += result
+        yield kept, torch.from_numpy(np.stack(clips)) if clips else torch.empty(0), lost
+
+
+def _neighbours(windows: Sequence[Window]) -> list[list[Window]]:
+    """Group windows of one video that are worth one pass over it."""
+    groups: list[list[Window]] = []
+    for window in windows:
+        last = groups[-1][-1] if groups else None
+        if last and last.video == window.video and 0 <= window.start_s - last.start_s < _SEEK_S:
+            groups[-1].append(window)
+        else:
+            groups.append([window])
+    return groups
+
+
+def in_children(
+    read: Callable[[Any], Any],
+    jobs: Sequence[Sequence[Any]],
+    num_workers: int,
+    video_of: Callable[[Any], Path],
+) -> Iterator[list[tuple[Any, Any]]]:
+    """Read videos in child processes, since a damaged one can crash the decoder.
+
+    Args:
+        read: Called with an item; what it returns must not hold torch tensors.
+        jobs: Lists of items; a list is one child's work.
+        num_workers: Children at a time.
+        video_of: The video that an item reads.
+
+    Yields:
+        For each list, in no fixed order: its items with what was read, or an `Unreadable`.
+    """
+
+    def work(job: Job, begin: Callable[[str], None]) -> list[Any]:
+        torch.set_num_threads(1)  # a forked child has no threads of torch's pool
+        results = []
+        for item in job.payload:
+            video = video_of(item)
+            if str(video) in job.crashed:
+                results.append(Unreadable(video, job.crashed[str(video)]))
+                continue
+            begin(str(video))
+            try:
+                results.append(read(item))
+            except (av.FFmpegError, OSError, ValueError, EOFError, IndexError) as error:
+                reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+                results.append(Unreadable(video, reason))
+        return results
+
+    numbered = [Job(number, items) for number, items in enumerate(jobs)]
+    for event in run_jobs(work, numbered, num_workers):
+        if event.result is not None:
+            yield list(zip(event.job.payload, event.result, strict=True))
+
+
+def _open(path: Path) -> Any:
+    container = av.open(str(path))
+    if not container.streams.video:
+        container.close()
+        raise ValueError("no video stream")
+    container.streams.video[0].codec_context.thread_count = 1  # videos are read in parallel
+    return container
+
+
+def _measure(path: Path) -> Length:
+    """From the first frame to the end of the last, by the packets' timestamps."""
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        times = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
+        if not times:
+            raise ValueError("no frames")
+        base = stream.time_base
+        first = times[0] if stream.start_time is None else stream.start_time
+        rate = stream.average_rate or Fraction(30)
+        frame = (times[-1] - times[0]) * base / (len(times) - 1) if len(times) > 1 else 1 / rate
+        container.seek(0)
+        next(container.decode(stream))  # a header without pictures is found out here
+        return Length(float((times[-1] - first) * base + frame), float(frame))
+
+
+def _read_spans(windows: Sequence[Window], num_frames: int, size: int) -> list[NDArray[np.uint8]]:
+    """Decode windows of one video, each to (3, T, size, size) uint8."""
+    times = [
+        window.start_s + (t + 0.5) * (window.end_s - window.start_s) / num_frames
+        for window in windows
+        for t in range(num_frames)
+    ]
+    wanted = sorted(set(times))
+    small: dict[float, Tensor] = {}
+    for time, frame in zip(wanted, read_frames(windows[0].video, wanted), strict=True):
+        small[time] = resize_and_centre_crop(frame[None], size)[:, 0]
+    clips = [times[i : i + num_frames] for i in range(0, len(times), num_frames)]
+    # numpy: torch would pass tensors as handles that die with the process
+    return [torch.stack([small[time] for time in clip], dim=1).numpy() for clip in clips]
+
+
+def read_frames(path: Path, times_s: Sequence[float]) -> Iterator[NDArray[np.uint8]]:
+    """Decode the frames on the screen at given times.
+
+    Args:
+        path: The video.
+        times_s: Rising, in seconds from the first frame.
+
+    Yields:
+        One (H, W, 3) uint8 RGB frame for each time, upright.
+
+    Raises:
+        ValueError: a time lies beyond the video's end.
+        av.FFmpegError: the video cannot be decoded.
+    """
+    due = iter(times_s)
+    time_s: float | None = next(due)
+    shown, shown_s, step_s = None, 0.0, 0.5
+    with _open(path) as container:
+        for frame_s, frame in _timed_frames(container, times_s[0]):
+            while time_s is not None and time_s < frame_s - _EPSILON_S:
+                yield _upright(frame if shown is None else shown)
+                time_s = next(due, None)
+            if time_s is None:
+                return
+            step_s = max(step_s, frame_s - shown_s) if shown is not None else step_s
+            shown, shown_s = frame, frame_s
+    while time_s is not None:  # the last frame stays on the screen for a while
+        if shown is None or time_s > shown_s + step_s:
+            raise ValueError(f"{time_s:.2f} s lies beyond its end at {shown_s:.2f} s")
+        yield _upright(shown)
+        time_s = next(due, None)
+
+
+def _timed_frames(container: Any, start_s: float) -> Iterator[tuple[float, Any]]:
+    """Yield (seconds, frame) in order, from the one shown at `start_s` on or from before it."""
+    stream = container.streams.video[0]
+    base = stream.time_base
+    origin = (stream.start_time or 0) * base
+    for begin_s in (start_s, 0.0):
+        container.seek(int((Fraction(begin_s) + origin) / base), stream=stream)
+        frames = (
+            (float(frame.pts * base - origin), frame)
+            for frame in container.decode(stream)
+            if frame.pts is not None
+        )
+        first = next(frames, None)
+        # formats without an index may land behind the wanted time
+        if first is not None and first[0] <= start_s + _EPSILON_S:
+            break
+    if first is not None:
+        yield first
+        yield from frames
+
+
+def _upright(frame: Any) -> NDArray[np.uint8]:
+    """RGB, turned as the file's metadata asks (telephones store upright videos lying down)."""
+    turns = round(frame.rotation / 90) % 4
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))

@@ -1,0 +1,1 @@
+"""Ratios against the obvious alternative, interleaved: one module a bench."""

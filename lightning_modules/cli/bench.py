@@ -1,0 +1,37 @@
+"""`eva02-at bench NAME`: ratios against the obvious alternative, one module a bench."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+# Imported only when run: each pulls in another part of the project.
+BENCHES = {
+    "kernels": "rotation, attention and encoder block against the field's formulation",
+    "data": "reading and decoding clips",
+    "eval": "mAP and nDCG against full sorts in numpy",
+    "loss": "retrieval losses against the (2*B*B, 1) formulation",
+    "step": "a training step against one written as AVION's users run it",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run one bench.
+
+    Args:
+        argv: The bench's name, then its own options.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: eva02-at bench NAME [--json FILE] [options]\n")
+        print("\n".join(f"  {name:<9}{text}" for name, text in BENCHES.items()))
+        return 0 if argv else 2
+    name, *rest = argv
+    if name not in BENCHES:
+        raise ValueError(f"unknown bench {name!r}; one of: {', '.join(BENCHES)}")
+    run: Callable[[list[str]], int] = importlib.import_module(
+        f"lightning_modules.bench.{name}"
+    ).main
+    return run(rest)

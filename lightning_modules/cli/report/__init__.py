@@ -1,7 +1,0 @@
-"""The demo's report: one self-contained HTML page of figures, charts, pictures and clips."""
-
-from lightning_modules.cli.report.gallery import gallery_rows
-from lightning_modules.cli.report.page import write_report
-from lightning_modules.cli.report.results import DemoResults
-
-__all__ = ["DemoResults", "gallery_rows", "write_report"]

@@ -1,0 +1,1 @@
+"""One engine for every measured figure: clips, prompts, prediction, measure."""

@@ -1,0 +1,144 @@
+"""EK-100 multi-instance retrieval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from datamodules.annotations.epic import (
+    RetrievalClip,
+    Sentence,
+    read_retrieval_clips,
+    read_sentences,
+    retrieval_files,
+)
+from datamodules.batch import pad_class_ids
+from lightning_modules.evaluation.interface import Benchmark, BenchmarkData, Measured
+from lightning_modules.evaluation.similarity import dual_softmax
+from lightning_modules.metrics.functional import (
+    MultiInstanceScores,
+    class_sets,
+    multi_instance_scores_from_classes,
+)
+
+
+class RetrievalAnnotations:
+    """The clips and sentences of a split, in their files' order.
+
+    Args:
+        directory: Folder with `EPIC_100_retrieval_SPLIT.csv` and its sentence file.
+        split: `train` or `test`.
+
+    Raises:
+        ValueError: A file is missing or malformed.
+    """
+
+    def __init__(self, directory: Path, split: str) -> None:
+        clip_file, sentence_file = retrieval_files(directory, split)
+        self.clips: list[RetrievalClip] = read_retrieval_clips(clip_file)
+        self.sentences: list[Sentence] = read_sentences(sentence_file, self.clips)
+
+    def score(self, similarity: Tensor, present: Tensor | None = None) -> MultiInstanceScores:
+        """Measure a (clips, sentences) similarity matrix.
+
+        Args:
+            similarity: Rows in the order of the clip file, columns in that of the sentence file.
+            present: (clips,) bool: rows that count; all of them by default.
+
+        Raises:
+            ValueError: Wrong shape, or a NaN.
+        """
+        expected = (len(self.clips), len(self.sentences))
+        if tuple(similarity.shape) != expected:
+            raise ValueError(
+                f"the similarity matrix has shape {tuple(similarity.shape)}; it must be "
+                f"{expected}: {expected[0]} clips (rows) and {expected[1]} sentences (columns)"
+            )
+        clips: Sequence[RetrievalClip] = self.clips
+        if present is not None and not present.all():
+            similarity = similarity[present]
+            clips = [
+                clip for clip, is_there in zip(clips, present.tolist(), strict=True) if is_there
+            ]
+        sides: tuple[Sequence[RetrievalClip | Sentence], ...] = (clips, self.sentences)
+        verbs = [pad_class_ids([[item.verb_class] for item in side]) for side in sides]
+        nouns = [pad_class_ids([list(item.all_noun_classes) for item in side]) for side in sides]
+        videos, texts = class_sets((verbs[0], verbs[1]), (nouns[0], nouns[1]))
+        return multi_instance_scores_from_classes(similarity, videos, texts)
+
+
+def scores_as_metrics(scores: MultiInstanceScores) -> dict[str, Any]:
+    """Percentages of both scores, and how many queries there were and were left out.
+
+    Raises:
+        ValueError: Every query of a direction is left out: there is nothing to average.
+    """
+    sides = {"v2t": scores.v2t, "t2v": scores.t2v}
+    for name, side in sides.items():
+        if side.num_excluded_map == side.num_queries:
+            raise ValueError(
+                f"none of the {side.num_queries} queries of {name} has an item of relevance 1, so "
+                "there is no mean average precision; are clips and sentences of the same split?"
+            )
+
+    def percent(v2t: float, t2v: float) -> dict[str, float]:
+        return {"v2t": 100 * v2t, "t2v": 100 * t2v, "avg": 50 * (v2t + t2v)}
+
+    return {
+        "map": percent(scores.v2t.map, scores.t2v.map),
+        "ndcg": percent(scores.v2t.ndcg, scores.t2v.ndcg),
+        "num_queries": {name: side.num_queries for name, side in sides.items()},
+        "num_excluded_map": {name: side.num_excluded_map for name, side in sides.items()},
+        "num_excluded_ndcg": {name: side.num_excluded_ndcg for name, side in sides.items()},
+    }
+
+
+class EK100Retrieval(Benchmark):
+    """Clips and sentences retrieve each other; mAP and nDCG with graded relevance.
+
+    Prompts are the sentences, the prediction is the matrix of cosine similarities in the order of
+    the published files. Clips that are missing take part neither as queries nor as items, and are
+    counted.
+
+    Args:
+        data: Its annotations are the folder of the retrieval CSVs; split `test` by default.
+    """
+
+    name = "ek100_mir"
+    columns: ClassVar = {
+        "mAP V-T": "map.v2t",
+        "mAP T-V": "map.t2v",
+        "mAP": "map.avg",
+        "nDCG V-T": "ndcg.v2t",
+        "nDCG T-V": "ndcg.t2v",
+        "nDCG": "ndcg.avg",
+    }
+
+    def __init__(self, data: BenchmarkData) -> None:
+        directory = data.annotation_path(self.name, "the folder of EPIC_100_retrieval_*.csv")
+        self.annotations = RetrievalAnnotations(directory, data.split or "test")
+        self.dual_softmax = data.dual_softmax
+        self.clip_ids = [clip.narration_id for clip in self.annotations.clips]
+        self.prompts = [data.template.format(row.text) for row in self.annotations.sentences]
+
+    def predict(self, video: Tensor, text: Tensor, logit_scale: float) -> Tensor:
+        """(clips, sentences) cosine similarities."""
+        return video @ text.T
+
+    def measure(self, prediction: Tensor, present: Tensor) -> Measured:
+        """`map` and `ndcg`, each `v2t`, `t2v` and `avg`, with what was left out."""
+        if self.dual_softmax is not None:
+            rows = dual_softmax(prediction[present], self.dual_softmax)
+            prediction = prediction.double().index_put((present.nonzero().squeeze(1),), rows)
+        scores = self.annotations.score(prediction, present)
+        sides = {"v2t": scores.v2t, "t2v": scores.t2v}
+        return Measured(
+            {**scores_as_metrics(scores), "num_missing_clips": int((~present).sum())},
+            {
+                "map": {name: side.query_map.tolist() for name, side in sides.items()},
+                "ndcg": {name: side.query_ndcg.tolist() for name, side in sides.items()},
+            },
+        )

@@ -1,0 +1,1 @@
+"""What is watched while a run goes: health, throughput, FLOPs, logs."""

@@ -1,0 +1,1 @@
+"""Optimisers, schedules, weight averages, gradient caching."""

@@ -1,0 +1,209 @@
+"""Optimisers of the recipes: parameter groups, AdamW or LAMB, and a schedule per optimiser step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_modules.training.optim.lamb import Lamb
+from lightning_modules.training.optim.schedules import learning_rate_factor
+
+
+@dataclass
+class OptimizerConfig:
+    """Optimiser and learning-rate schedule of a recipe. Gradient clipping is the Trainer's.
+
+    Attributes:
+        name: `adamw` (fused on CUDA) or `lamb`.
+        lr: Peak learning rate.
+        weight_decay: Decoupled decay of the matrices; biases, norms, positions and the
+            temperature get none.
+        betas: Decay of the moments.
+        eps: Added to the root of the second moment.
+        layer_decay: Factor on the learning rate for each layer down from the top; 1 for none.
+        schedule: `constant`, or `cosine` from the peak to `end_lr` at the last step.
+        warmup_epochs: Length of the linear rise from `start_lr`, in epochs (fractions allowed).
+        warmup_steps: The same in optimiser steps; give one of the two.
+        start_lr: Learning rate of the first step of the rise.
+        end_lr: Learning rate at the end of the cosine.
+    """
+
+    name: Literal["adamw", "lamb"] = "adamw"
+    lr: float = 3e-5
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    layer_decay: float = 1.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_epochs: float = 0.0
+    warmup_steps: int = 0
+    start_lr: float = 0.0
+    end_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"optimizer.lr is {self.lr}; it must be above 0")
+        if self.warmup_epochs and self.warmup_steps:
+            raise ValueError(
+                f"optimizer.warmup_epochs is {self.warmup_epochs} and warmup_steps is "
+                f"{self.warmup_steps}; give one of the two"
+            )
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optimizer.layer_decay is {self.layer_decay}; it must lie in (0, 1]")
+
+
+def parameter_groups(
+    model: nn.Module, config: OptimizerConfig, *, one_each: bool = False
+) -> list[dict[str, Any]]:
+    """Sort the trainable parameters into groups of equal weight decay and learning rate.
+
+    No decay for parameters with at most one axis and for the names in `model.no_weight_decay()`.
+    With layer decay, `model.layer_id(name)` counts from 0 (embeddings) upwards; the highest layer
+    keeps the full rate.
+
+    Args:
+        model: The bare model (a DualEncoder, say), whose methods are asked if it has them.
+        config: The recipe.
+        one_each: One group for each parameter, for optimisers that work per parameter under ZeRO.
+
+    Raises:
+        ValueError: Nothing is trainable, or layer decay is asked of a model without `layer_id`.
+    """
+    exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError("no parameter is trainable; unfreeze at least one")
+    layers = _layers(model, [name for name, _ in trainable], config.layer_decay)
+    groups: dict[Any, dict[str, Any]] = {}
+    for name, parameter in trainable:
+        decay = 0.0 if parameter.ndim <= 1 or name in exempt else config.weight_decay
+        scale = config.layer_decay ** (max(layers.values()) - layers[name])
+        key = name if one_each else (decay, scale)
+        group = groups.setdefault(
+            key, {"params": [], "weight_decay": decay, "lr": config.lr * scale}
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _layers(model: nn.Module, names: list[str], layer_decay: float) -> dict[str, int]:
+    if layer_decay == 1.0:
+        return dict.fromkeys(names, 0)
+    if not hasattr(model, "layer_id"):
+        raise ValueError(
+            f"optimizer.layer_decay is {layer_decay}, but {type(model).__name__} has no "
+            "`layer_id(name)` that says which layer a parameter is in; set layer_decay to 1"
+        )
+    layer_id = cast(Callable[[str], int], model.layer_id)
+    return {name: layer_id(name) for name in names}
+
+
+def build_optimizers(
+    model: nn.Module,
+    config: OptimizerConfig,
+    total_steps: int,
+    steps_per_epoch: int,
+    *,
+    sharded: bool = False,
+) -> dict[str, Any]:
+    """Build what `LightningModule.configure_optimizers` returns.
+
+    Args:
+        model: The bare model.
+        config: The recipe.
+        total_steps: Optimiser steps of the whole run.
+        steps_per_epoch: Optimiser steps of one epoch, which turn `warmup_epochs` into steps.
+        sharded: True under ZeRO, where each rank's optimiser holds slices of the parameters.
+
+    Returns:
+        `{"optimizer", "lr_scheduler"}`, the scheduler stepping once per optimiser step.
+    """
+    optimizer: Optimizer
+    lamb = config.name == "lamb"
+    groups = parameter_groups(model, config, one_each=lamb and sharded)
+    options: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+    if lamb:
+        optimizer = Lamb(groups, **options, sharded=sharded)
+    else:
+        optimizer = AdamW(groups, **options, fused=torch.cuda.is_available())
+    factor = learning_rate_factor(
+        schedule=config.schedule,
+        total_steps=total_steps,
+        warmup_steps=config.warmup_steps or round(config.warmup_epochs * steps_per_epoch),
+        start_factor=config.start_lr / config.lr,
+        end_factor=config.end_lr / config.lr,
+    )
+    scheduler = {"scheduler": LambdaLR(optimizer, factor), "interval": "step", "name": "lr"}
+    return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+
+def configure_optimizers(
+    module: LightningModule, model: nn.Module, config: OptimizerConfig
+) -> dict[str, Any]:
+    """`build_optimizers` for a module attached to a Trainer, the step counts taken from there.
+
+    The length of an epoch comes from the datamodule's own arithmetic (`batches_per_epoch`):
+    `Trainer.estimated_stepping_batches` would build the loaders before the checkpoint is restored
+    and so break an exact resume (Lightning issue 20550).
+    """
+    trainer = module.trainer
+    per_epoch = optimizer_steps_per_epoch(trainer)
+    return build_optimizers(
+        model,
+        config,
+        total_optimizer_steps(trainer, per_epoch),
+        per_epoch,
+        sharded=isinstance(trainer.strategy, DeepSpeedStrategy),
+    )
+
+
+def optimizer_steps_per_epoch(trainer: Trainer) -> int:
+    """Optimiser steps an epoch, by the datamodule's count, the Trainer's limit and accumulation.
+
+    Raises:
+        ValueError: The datamodule does not say how many batches an epoch has, or accumulation
+            does not divide them under DeepSpeed.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    batches = getattr(datamodule, "batches_per_epoch", None)
+    limit = trainer.limit_train_batches
+    if batches is None and isinstance(limit, int):
+        batches = limit
+    if batches is None:
+        raise ValueError(
+            f"{type(datamodule).__name__} does not say how many batches an epoch has; give the "
+            "datamodule a `batches_per_epoch`, or set trainer.limit_train_batches to a whole number"
+        )
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    if batches % trainer.accumulate_grad_batches and isinstance(
+        trainer.strategy, DeepSpeedStrategy
+    ):
+        raise ValueError(
+            f"an epoch has {batches} batches, which trainer.accumulate_grad_batches "
+            f"{trainer.accumulate_grad_batches} does not divide; DeepSpeed would carry the rest "
+            "over into the next epoch. Choose one that divides it, or model.micro_batch instead"
+        )
+    return math.ceil(batches / trainer.accumulate_grad_batches)
+
+
+def total_optimizer_steps(trainer: Trainer, per_epoch: int) -> int:
+    """Optimiser steps until the Trainer's `max_steps` or `max_epochs`, whichever comes first.
+
+    A run without end counts as one step: only the constant schedule makes sense there, and the
+    cosine refuses it.
+    """
+    ends = []
+    if trainer.max_steps > 0:
+        ends.append(trainer.max_steps)
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        ends.append(trainer.max_epochs * per_epoch)
+    return min(ends, default=1)

@@ -1,0 +1,198 @@
+"""A recipe: YAML files and words, parsed by LightningCLI into trainer, module and data.
+
+The parser mode is jsonargparse's `omegaconf+`: several `--config` files compose first, then
+`${interpolation}` is resolved over the whole, so that an override in a later file or on the
+command line reaches every use. With Lightning's own subcommands that mode cannot resolve an
+interpolation typed on the command line, hence one parser and the verb taken off in front of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import logging
+import re
+import typing
+import warnings
+from typing import Any
+
+import lightning.pytorch.cli as lightning_cli
+from jsonargparse import ActionConfigFile
+from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_modules.training.monitor.csv_log import AppendingCSVLogger
+from lightning_modules.training.monitor.health import FiniteGuard
+from lightning_modules.training.monitor.throughput import ThroughputMonitor
+from lightning_modules.training.run.checkpointing import SafeCheckpoints
+from lightning_modules.training.run.seeding import StepSeed
+from lightning_modules.training.run.watchdog import StallWatchdog
+
+
+class RecipeParser(lightning_cli.LightningArgumentParser):
+    """LightningCLI's parser with one short error instead of the whole usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Raise the user's mistake as a ValueError, with the nearest valid key if one is near."""
+        raise ValueError(shorten(message) + self._nearest(message)) from ex
+
+    def _nearest(self, message: str) -> str:
+        found = re.search(
+            r"(?:[Oo]ption|[Kk]ey|arguments:) ['\"]?-*([\w.]+)['\"]?(?: is not|=|$)", message
+        ) or re.search(r"does not accept option '([\w.]+)'", message)
+        if not found or "Did you mean" in message:  # jsonargparse's own
+            return ""
+        keys = {
+            name
+            for action in self._actions
+            for name in (action.dest, action.dest.rsplit(".", 1)[-1])
+        }
+        keys |= set(re.findall(r"\b[a-z]\w+\b", self._class_parameters(message)))
+        near = difflib.get_close_matches(found[1], sorted(keys), n=1) or difflib.get_close_matches(
+            found[1].rsplit(".", 1)[-1], sorted(keys), n=1
+        )
+        return f" Did you mean `{near[0]}`?" if near else ""
+
+    @staticmethod
+    def _class_parameters(message: str) -> str:
+        """Names that the class named in the message, and its dataclass arguments, accept."""
+        named = re.search(r"given class_path '([\w.]+)'", message)
+        if not named:
+            return ""
+        module, _, name = named[1].rpartition(".")
+        hints: dict[str, Any] = {}
+        for parent in getattr(importlib.import_module(module), name).__mro__:
+            init = parent.__dict__.get("__init__")
+            if init is not None and parent not in (LightningModule, LightningDataModule, object):
+                hints |= typing.get_type_hints(init)
+            if parent in (LightningModule, LightningDataModule):
+                break
+        names = set(hints)
+        for hint in hints.values():
+            if dataclasses.is_dataclass(hint):
+                names |= {field.name for field in dataclasses.fields(hint)}
+        return " ".join(names)
+
+
+def shorten(message: str) -> str:
+    """Keep the cause out of jsonargparse's nested report of a union's every branch."""
+    lines = [line.strip(" -") for line in message.splitlines()]
+    noise = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given")
+    kept = [line for line in lines if line and not line.startswith(noise)]
+    return " ".join(kept)
+
+
+# Sections of a recipe beside `model`, `data` and `trainer`; each is a callback of every run.
+RUN_CALLBACKS = {
+    "checkpoints": SafeCheckpoints,
+    "finite": FiniteGuard,
+    "watchdog": StallWatchdog,
+    "random": StepSeed,
+    "throughput": ThroughputMonitor,
+}
+
+
+# The streams shard themselves; a resumed run must not validate before its first step; the summary
+# counts no operation of these models. A recipe may say otherwise.
+TRAINER_DEFAULTS = {
+    "use_distributed_sampler": False,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "log_every_n_steps": 10,
+}
+
+
+class RecipeCLI(lightning_cli.LightningCLI):
+    """LightningCLI over a recipe: `model`, `data`, `trainer`, and the run's own keys."""
+
+    def init_parser(self, **kwargs: Any) -> lightning_cli.LightningArgumentParser:
+        """Use our parser; abbreviated options are refused, since they hide typing errors."""
+        parser = RecipeParser(allow_abbrev=False, **kwargs)
+        parser.add_argument(
+            "-c", "--config", action=ActionConfigFile, help="a recipe; later files override earlier"
+        )
+        return parser
+
+    def add_arguments_to_parser(self, parser: lightning_cli.LightningArgumentParser) -> None:
+        """Add the keys of a run that belong to none of the classes."""
+        parser.add_argument(
+            "--run_dir", type=str, default="runs/default", help="everything the run writes"
+        )
+        parser.add_argument(
+            "--data_dir", type=str, default="data", help="root for the recipe's ${data_dir}"
+        )
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="checkpoint to resume or evaluate; fit takes run_dir's newest complete one",
+        )
+        for name, callback in RUN_CALLBACKS.items():
+            parser.add_lightning_class_args(callback, name)
+
+    def before_instantiate_classes(self) -> None:
+        """Give the trainer its place to write, unless the recipe names one."""
+        trainer = self.config.trainer
+        run_dir = self.config.run_dir
+        if trainer.default_root_dir is None:
+            trainer.default_root_dir = run_dir
+        if trainer.logger is not False:
+            trainer.logger = _with_csv(trainer.logger, run_dir)
+
+
+def _with_csv(loggers: Any, run_dir: str) -> list[Any]:
+    """The recipe's loggers, TensorBoard where it names none, and always the CSV."""
+
+    def logger(kind: type, **arguments: Any) -> Any:
+        path = f"{kind.__module__}.{kind.__qualname__}"
+        init_args = lightning_cli.Namespace(**arguments)
+        return lightning_cli.Namespace(class_path=path, init_args=init_args)
+
+    csv = logger(AppendingCSVLogger, save_dir=f"{run_dir}/logs")
+    if loggers in (None, True):
+        return [csv, logger(TensorBoardLogger, save_dir=run_dir, name="", version="logs")]
+    return [csv, *(loggers if isinstance(loggers, list) else [loggers])]
+
+
+def build_cli(words: list[str]) -> RecipeCLI:
+    """Parse a recipe and build its trainer, module and data, without running anything.
+
+    Args:
+        words: `--config FILE` and `--key.sub=value` words.
+
+    Raises:
+        ValueError: For any mistake in the recipe, naming the key and the rule.
+    """
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_no_advertisement)
+    # One may well be on a cluster's login node, or in an allocation, without `srun`.
+    warnings.filterwarnings("ignore", message="The `srun` command is available")
+    # Lightning's own use of torch, and its advice about a run of a few batches.
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    warnings.filterwarnings("ignore", message="The number of training batches")
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+    # Metrics are computed over all ranks before they are logged.
+    warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\('(val|test)/")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        try:
+            return RecipeCLI(
+                LightningModule,
+                LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                save_config_callback=None,
+                seed_everything_default=0,
+                trainer_defaults=TRAINER_DEFAULTS,
+                parser_kwargs={"parser_mode": "omegaconf+"},
+                run=False,
+                args=words,
+            )
+        except ValueError as error:  # what a class says of its arguments comes wrapped
+            raise ValueError(shorten(str(error))) from error
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()

@@ -1,0 +1,1 @@
+"""The life of a run: checkpoints, signals, agreement of ranks, strategies, resume."""

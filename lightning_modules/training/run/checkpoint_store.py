@@ -1,0 +1,210 @@
+"""A directory of checkpoints in which only complete, undamaged ones count. Plain files, no torch.
+
+    checkpoints/
+      latest                    name of the newest complete checkpoint (replaced atomically)
+      step-00000400/
+        manifest.json           files, sizes, SHA-256, step, world size ...: written last
+        state ...               what the strategy wrote: one file, or a DeepSpeed directory
+      .tmp-step-00000500/       being written, or left over from a process that died
+
+DeepSpeed notices neither a flipped bit nor files of two steps side by side, so completeness is
+judged here and before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+MANIFEST, LATEST, STATE, UNIVERSAL = "manifest.json", "latest", "state", "universal"
+FOLDER_KEY = "eva02_at_folder"  # tells callbacks which checkpoint folder was loaded
+_TEMPORARY, _TRASH = ".tmp-", ".trash-"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a checkpoint: path relative to it, size in bytes, SHA-256."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a complete checkpoint consists of and where in the run it was taken.
+
+    Attributes:
+        step: Optimiser steps done.
+        epoch: Epoch in progress.
+        world_size: Ranks that wrote it.
+        strategy: `plain` or `zero1` .. `zero3`.
+        metrics: Metrics at that time, for keep-best.
+        files: Every file but the manifest itself.
+    """
+
+    step: int
+    epoch: int
+    world_size: int
+    strategy: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    files: list[FileRecord] = field(default_factory=list)
+
+    @staticmethod
+    def read(folder: Path) -> Manifest:
+        """Read the manifest of a checkpoint folder.
+
+        Raises:
+            ValueError: There is none, or it cannot be understood: the checkpoint is incomplete.
+        """
+        try:
+            raw: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+            return Manifest(**{**raw, "files": [FileRecord(**row) for row in raw["files"]]})
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder.name}: no {MANIFEST}, it was never completed") from error
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{folder.name}: unreadable {MANIFEST} ({error})") from error
+
+
+def file_record(root: Path, path: Path) -> FileRecord:
+    """Flush a file that was just written to the disk and describe it."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileRecord(str(path.relative_to(root)), file.tell(), digest)
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Raise ValueError where a file is missing or has another size than the manifest says."""
+    for record in manifest.files:
+        path = folder / record.path
+        if not path.is_file():
+            raise ValueError(f"{folder.name}: {record.path} is missing")
+        if path.stat().st_size != record.size:
+            raise ValueError(
+                f"{folder.name}: {record.path} has {path.stat().st_size} bytes, not {record.size}"
+            )
+
+
+def check_contents(folder: Path, records: Iterable[FileRecord]) -> None:
+    """Raise ValueError where a file's contents are not those that were written."""
+    for record in records:
+        with (folder / record.path).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
+                raise ValueError(f"{folder.name}: the contents of {record.path} have changed")
+
+
+class CheckpointFolder:
+    """The checkpoints of one run; every method that writes is for one process at a time."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def temporary(self, name: str) -> Path:
+        """Where the checkpoint `name` is written before it counts."""
+        return self.root / f"{_TEMPORARY}{name}"
+
+    def begin(self, name: str) -> Path:
+        """Make the empty folder in which the checkpoint `name` is to be written."""
+        self.discard(name)
+        folder = self.temporary(name)
+        folder.mkdir(parents=True)
+        return folder
+
+    def discard(self, name: str) -> None:
+        """Remove what was written of a checkpoint that failed."""
+        shutil.rmtree(self.temporary(name), ignore_errors=True)
+
+    def commit(self, name: str, manifest: Manifest) -> Path:
+        """Make the written checkpoint count: manifest, rename, then the `latest` pointer."""
+        folder, final = self.temporary(name), self.root / name
+        pointer = self.root / f".{LATEST}"
+        # everything that needs disk space comes before the first rename
+        _write_durably(pointer, name + "\n")
+        _write_durably(folder / MANIFEST, json.dumps(asdict(manifest), indent=1))
+        self._remove(final)  # a damaged one of the same step, written before a restart
+        folder.rename(final)
+        _sync_folder(self.root)
+        pointer.replace(self.root / LATEST)
+        _sync_folder(self.root)
+        return final
+
+    def names(self) -> list[str]:
+        """Names of all checkpoints with a manifest, oldest first."""
+        return sorted(path.parent.name for path in self.root.glob(f"step-*/{MANIFEST}"))
+
+    def candidates(self) -> list[str]:
+        """Checkpoints to try on resume, best first: the `latest` pointer's, then newest first."""
+        names = sorted((p.name for p in self.root.glob("step-*") if p.is_dir()), reverse=True)
+        try:
+            pointed = (self.root / LATEST).read_text().strip()
+        except OSError:
+            return names
+        return sorted(names, key=lambda name: name != pointed)
+
+    def clean(self) -> None:
+        """Remove what processes that died left half written or half removed."""
+        for prefix in (_TEMPORARY, _TRASH):
+            for path in self.root.glob(f"{prefix}*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def prune(self, keep_last: int, keep_best: int, monitor: str | None, mode: str) -> list[str]:
+        """Remove all but the newest `keep_last` and the best `keep_best`; returns the removed.
+
+        Args:
+            keep_last: How many of the newest stay; 0 or less keeps all.
+            keep_best: How many of the best by `monitor` stay besides.
+            monitor: Name of the metric in the manifests.
+            mode: `max` or `min`.
+        """
+        names = self.names()
+        if keep_last <= 0:
+            return []
+        keep = set(names[-keep_last:])
+        if monitor is not None and keep_best > 0:
+            scored = {n: Manifest.read(self.root / n).metrics.get(monitor) for n in names}
+            sign = 1.0 if mode == "max" else -1.0
+            ranked = sorted(
+                (name for name, value in scored.items() if value is not None),
+                key=lambda name: sign * scored[name],  # type: ignore[operator]
+                reverse=True,
+            )
+            keep |= set(ranked[:keep_best])
+        removed = [name for name in names if name not in keep]
+        for name in removed:
+            self._remove(self.root / name)
+        return removed
+
+    def _remove(self, folder: Path) -> None:
+        """Rename first, so that a half-removed checkpoint never looks like one."""
+        if folder.exists():
+            trash = folder.with_name(f"{_TRASH}{folder.name}")
+            shutil.rmtree(trash, ignore_errors=True)
+            folder.rename(trash)
+            shutil.rmtree(trash, ignore_errors=True)
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the checkpoint of an optimiser step; names sort by step."""
+    return f"step-{step:08d}"
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

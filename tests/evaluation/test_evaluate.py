@@ -1,0 +1,217 @@
+"""`eva02-at evaluate` on real shards: figures, ranks, damage, test-time options."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from epic_files import write_retrieval_split
+from gloo_ranks import run_ranks
+from retrieval_protocol import protocol, relevance_of_sets
+from small_videos import write_video
+
+from datamodules.annotations.formats import read_clips
+from datamodules.manifest import Manifest
+from datamodules.shards import LAYOUTS, EncodeOptions, build_shards
+from datamodules.stream.clips import ClipOptions, EvalClips
+from datamodules.stream.faults import FaultMonitor
+from datamodules.stream.reader import Corpus, SampleReader
+from lightning_modules.checkpoints.model_config import config_to_json
+from lightning_modules.cli.main import main
+from lightning_modules.evaluation.embed import EmbedOptions, embed_clips, embed_texts
+from lightning_modules.evaluation.run import evaluate, open_benchmark
+from lightning_modules.evaluation.submission import read_submission
+from lightning_modules.models import DualEncoder, build_dual_encoder
+
+NUM_CLIPS, NUM_SENTENCES = 13, 7
+
+
+@lru_cache
+def tiny_model() -> DualEncoder:
+    torch.manual_seed(0)
+    model = build_dual_encoder("eva02_at_tiny", num_frames=2).eval()
+    with torch.no_grad():
+        # far apart, else every clip looks the same to a random model
+        for parameter in model.visual.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> tuple[Path, list, list]:
+    """A folder with EK-100's files, shards of their clips and a checkpoint."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "annotations").mkdir()
+    videos, texts = write_retrieval_split(folder / "annotations", "test", NUM_CLIPS, NUM_SENTENCES)
+    write_video(folder / "videos" / "P01_01.mp4", 40)
+    records = read_clips(folder / "annotations" / "EPIC_100_retrieval_test.csv", "ek100")
+    build_shards(
+        records,
+        videos=folder / "videos",
+        layout=LAYOUTS["whole"],
+        output=folder / "shards",
+        options=EncodeOptions(short_side=48, preset="ultrafast"),
+        samples_per_shard=5,
+    )
+    model = tiny_model()
+    torch.save(model.state_dict(), folder / "m.pt")
+    (folder / "m.json").write_text(config_to_json(model.config))
+    return folder, videos, texts
+
+
+def run(folder: Path, *words: str | Path, shards: str = "shards") -> int:
+    checkpoint = ["--checkpoint", folder / "m.pt", "--config", folder / "m.json"]
+    data = ["--shards", folder / shards, "--accelerator", "cpu", "--workers", "0"]
+    return main([*map(str, ["evaluate", *checkpoint, *data, *words])])
+
+
+def test_the_command_agrees_with_the_protocol(world, tmp_path, capsys):
+    folder, videos, texts = world
+    words = ["--benchmark", "ek100_mir", "--annotations", folder / "annotations"]
+    files = ["--json", tmp_path / "r.json", "--prediction", tmp_path / "s.npy"]
+    assert run(folder, *words, *files, "--submission", tmp_path / "test.zip") == 0
+    printed = json.loads(capsys.readouterr().out)
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert {key: result[key] for key in printed} == printed
+    assert printed["protocol"] == "2 frames, float32"
+    similarity = np.load(tmp_path / "s.npy")
+    expected = protocol(similarity, relevance_of_sets(videos, texts))
+    for name, (v2t, t2v) in expected.items():
+        # fp64 sums in another order; the issue asks for 1e-9
+        assert printed[name]["v2t"] == pytest.approx(100 * v2t, abs=1e-11, rel=0)
+        assert printed[name]["t2v"] == pytest.approx(100 * t2v, abs=1e-11, rel=0)
+        assert np.mean(result["per_query"][name]["v2t"]) == pytest.approx(v2t)
+    words = ["score", "--annotations", str(folder / "annotations"), "--similarity"]
+    assert main([*words, str(tmp_path / "s.npy")]) == 0
+    assert json.loads(capsys.readouterr().out)["map"] == printed["map"]
+    content = read_submission(tmp_path / "test.zip")
+    np.testing.assert_allclose(content["sim_mat"], (similarity + 1) / 2, atol=1e-6)
+
+
+def result_of_a_rank(rank: int, folder: Path) -> tuple:
+    benchmark, corpus = open_benchmark(
+        "ek100_mir", str(folder / "shards"), annotations=folder / "annotations"
+    )
+    options = EmbedOptions(batch_size=3, num_workers=0)
+    done = evaluate(tiny_model(), benchmark, corpus, options)
+    return done.prediction, done.measured.metrics
+
+
+@pytest.mark.distributed
+def test_four_ranks_give_identical_results(world):
+    folder = world[0]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each rank has: sums of another order are not the point here
+    prediction, metrics = result_of_a_rank(0, folder)
+    torch.set_num_threads(threads)
+    assert prediction.std() > 1e-3
+    for rank_prediction, rank_metrics in run_ranks(4, result_of_a_rank, folder):
+        assert torch.equal(rank_prediction, prediction)
+        assert rank_metrics == metrics
+
+
+@pytest.mark.distributed
+def test_the_command_starts_its_processes(world, tmp_path, capfd):
+    folder = world[0]
+    words = ["--benchmark", "text_video", "--devices", "2", "--json", tmp_path / "two.json"]
+    checkpoint = ["--checkpoint", folder / "m.pt", "--config", folder / "m.json"]
+    data = ["--shards", folder / "shards", "--accelerator", "cpu", "--workers", "0"]
+    command = [sys.executable, "-m", "lightning_modules.cli.main", "evaluate"]
+    subprocess.run([*map(str, [*command, *checkpoint, *data, *words])], check=True, timeout=200)
+    result = json.loads((tmp_path / "two.json").read_text())
+    assert run(folder, "--benchmark", "text_video", "--json", tmp_path / "one.json") == 0
+    one = json.loads((tmp_path / "one.json").read_text())
+    assert (result["num_videos"], result["t2v"]) == (NUM_CLIPS, one["t2v"])
+
+
+def test_damaged_and_rejected_clips_are_counted(world, tmp_path, capsys):
+    folder, videos, texts = world
+    manifest = Manifest.load(folder / "shards")
+    damaged = tmp_path / "shards"
+    damaged.mkdir()
+    for file in (folder / "shards").iterdir():
+        if file.is_file():
+            (damaged / file.name).write_bytes(file.read_bytes())
+    tar = damaged / manifest.shards[0].name
+    offset = int(manifest.load_index(0).rows[1]["video_offset"])
+    content = bytearray(tar.read_bytes())
+    content[offset + 100] ^= 1
+    tar.write_bytes(content)
+    words = ["--benchmark", "ek100_mir", "--annotations", folder / "annotations"]
+    checkpoint = ["--checkpoint", folder / "m.pt", "--config", folder / "m.json"]
+    data = ["--shards", damaged, "--accelerator", "cpu", "--workers", "0"]
+    path = tmp_path / "s.npy"
+    more = ["--prediction", path, "--submission", tmp_path / "x.zip"]
+    assert main([*map(str, ["evaluate", *checkpoint, *data, *words, *more])]) == 2
+    told = capsys.readouterr()
+    result = json.loads(told.out)
+    assert result["num_missing_clips"] == 1
+    assert result["num_queries"]["v2t"] == NUM_CLIPS - 1
+    assert "no submission: 1 clips" in told.err
+    kept = np.delete(np.load(path), 1, axis=0), [v for n, v in enumerate(videos) if n != 1]
+    expected = protocol(kept[0], relevance_of_sets(kept[1], texts))
+    assert result["map"]["t2v"] == pytest.approx(100 * expected["map"][1])
+
+
+@torch.inference_mode()
+def test_views_and_flips_are_averaged(world):
+    corpus = Corpus.load([str(world[0] / "shards")])
+    model = tiny_model()
+    options = EmbedOptions(batch_size=4, num_workers=0)
+    plain, present = embed_clips(model, corpus, options)
+    assert present.all()
+    rich, _ = embed_clips(
+        model, corpus, EmbedOptions(batch_size=4, num_workers=0, views=2, flip=True)
+    )
+    clips = EvalClips(SampleReader(corpus), ClipOptions(4, 64), FaultMonitor(0, 0.0))
+    frames = clips[0, len(clips)].video
+    views = [frames[:, :, 0::2], frames[:, :, 1::2]]
+    embeddings = [model.encode_video(v) for view in views for v in (view, view.flip(-1))]
+    expected = F.normalize(torch.stack(embeddings).mean(0), dim=1)
+    torch.testing.assert_close(rich, expected, rtol=0, atol=1e-5)  # batches of other sizes
+    assert (rich - plain).abs().max() > 1e-3
+
+
+def test_texts_do_not_depend_on_the_batch(world):
+    model = tiny_model()
+    texts = [f"say {number}" for number in range(5)]
+    rows = embed_texts(model, texts, 2)
+    torch.testing.assert_close(rows, embed_texts(model, texts, 5), rtol=0, atol=1e-5)
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(5))
+    assert (rows[0] - rows[4]).abs().max() > 1e-4
+
+
+def test_mistakes_are_one_line(world, tmp_path, capsys):
+    folder = world[0]
+
+    def refused(message: str, *words: str | Path, shards: str = "shards") -> None:
+        assert run(folder, *words, shards=shards) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
+
+    mir = ["--benchmark", "ek100_mir"]
+    refused("invalid choice: 'k400'", "--benchmark", "k400")
+    refused("needs its annotations", *mir)
+    refused("has no EPIC_100_retrieval_test.csv", *mir, "--annotations", folder)
+    annotations = ["--annotations", folder / "annotations"]
+    refused("no manifest at", *mir, *annotations, shards="absent")
+    refused("a submission is for", "--benchmark", "text_video", "--submission", "x.zip")
+    refused("at least 1, 1 and 0", *mir, *annotations, "--views", "0")
+    (tmp_path / "egomcq.json").write_text("{}")
+    mcq = ["--benchmark", "egomcq", "--annotations", tmp_path]
+    refused("dual softmax is for retrieval", *mcq, "--dual-softmax", "1")
+    refused("has no questions", *mcq)
+    other = tmp_path / "other"
+    other.mkdir()
+    write_retrieval_split(other, "test", 5, 4)
+    for name in other.iterdir():
+        name.write_text(name.read_text().replace("P01_01_", "P09_01_"))
+    refused("none of the 5 clips", *mir, "--annotations", other)
