@@ -6,7 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from lightning_modules.checkpoints.conversion import save_model
 from lightning_modules.cli.model_options import add_model_options, load_from_options
 from lightning_modules.cli.parser import CommandParser
 
@@ -37,6 +36,8 @@ def main(argv: list[str]) -> int:
         argv: Words after `eva02-at convert`.
     """
     options = _parser().parse_args(argv)
+    from lightning_modules.checkpoints.conversion import save_model
+
     loaded = load_from_options(options, options.input)
     description = save_model(loaded, options.output)
     print(f"read {loaded.source.path}: {loaded.report.summary()}")

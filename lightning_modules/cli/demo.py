@@ -6,12 +6,6 @@ import argparse
 import os
 from pathlib import Path
 
-import torch
-
-from lightning_modules.cli.main import main as run_command
-from lightning_modules.demo.run import Demo, StageFailed
-from lightning_modules.demo.world import WorldOptions
-
 
 def main(argv: list[str]) -> int:
     """Run the demo.
@@ -33,6 +27,12 @@ def main(argv: list[str]) -> int:
         help="size of the world; even numbers",
     )
     args, words = parser.parse_known_args(argv)
+    import torch
+
+    from lightning_modules.cli.main import main as run_command
+    from lightning_modules.demo.run import Demo, StageFailed
+    from lightning_modules.demo.world import WorldOptions
+
     sizes = dict(zip(("num_pretrain", "num_train", "num_test"), args.clips or (), strict=False))
     # One core is the loader's: with a thread on each, every matrix product would wait for it.
     torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))

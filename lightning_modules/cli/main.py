@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "submit": ("lightning_modules.cli.submit", "check a recipe's SLURM job, then queue it"),
     "plan": ("lightning_modules.cli.plan", "memory, time and cost of a recipe on a cluster"),
     "demo": ("lightning_modules.cli.demo", "the whole mission in small, on videos made here"),
-    "bench": ("lightning_modules.bench", "ratios against the obvious alternative"),
+    "bench": ("lightning_modules.cli.bench", "ratios against the obvious alternative"),
 }
 # Where a raise counts as ours; pathlib raises for a file that our code was given.
 _OUR_MODULES = {"__main__", "lightning_modules", "datamodules", "kernels", "pathlib"}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lightning_modules.checkpoints.conversion import LoadedModel, load_model
+if TYPE_CHECKING:
+    from lightning_modules.checkpoints.conversion import LoadedModel
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +39,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def load_from_options(options: argparse.Namespace, path: str) -> LoadedModel:
     """Load the model that the options name."""
+    from lightning_modules.checkpoints.conversion import load_model
+
     return load_model(
         path,
         config=options.config,

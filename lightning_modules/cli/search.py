@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from datamodules.files import write_atomically
-from datamodules.video.windows import Unreadable
-from lightning_modules.checkpoints.conversion import LoadedModel
 from lightning_modules.cli.model_options import add_model_options, load_from_options
 from lightning_modules.cli.parser import CommandParser
 from lightning_modules.cli.video_options import (
@@ -21,11 +15,9 @@ from lightning_modules.cli.video_options import (
     embed_options,
     report_unreadable,
 )
-from lightning_modules.inference.embedding import Embedder
-from lightning_modules.inference.search_index import SearchIndex
-from lightning_modules.inference.search_page import Answer, clock, search_page
 
-_INDEX_FOLDER = ".eva02-at"
+if TYPE_CHECKING:
+    from lightning_modules.inference.search_page import Answer
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         "--index",
         type=Path,
         metavar="FILE",
-        help=f"where the index lies (DIR/{_INDEX_FOLDER}/search-HASH.safetensors)",
+        help="where the index lies (DIR/.eva02-at/search-HASH.safetensors)",
     )
     add_video_options(parser)
     parser.set_defaults(rate=0.5)
@@ -76,58 +68,29 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"{options.videos} is no folder")
     if options.html and not options.query:
         raise ValueError("a page (--html) needs a query")
+    from datamodules.files import write_atomically
+    from lightning_modules.inference.search import open_folder
+
     loaded = load_from_options(options, options.checkpoint)
-    embedder = Embedder(loaded.model, embed_options(options))
-    index = _up_to_date(options, loaded, embedder)
-    if not len(index.embeddings):
+    folder = open_folder(options.videos, loaded, embed_options(options), options.index)
+    print(folder.told)
+    report_unreadable(folder.unreadable)
+    if not len(folder.index.embeddings):
         raise ValueError(f"no video in {options.videos} could be read")
     started = time.monotonic()
-    texts = [options.template.replace("{}", query) for query in options.query]
-    answers = [
-        Answer(query, index.search(text, options.top))
-        for query, text in zip(options.query, embedder.texts(texts) if texts else [], strict=True)
-    ]
+    answers = folder.ask(options.query, options.top, options.template)
     if answers:
         _print(answers, options.videos)
         print(f"answered in {time.monotonic() - started:.3f} s")
     if options.html:
-        facts = (
-            f"{len(index.embeddings)} windows of {len(index.videos)} videos, {options.checkpoint}"
-        )
-        problems = [f"{video.path}: {video.problem}" for video in index.videos if video.problem]
-        page = search_page(answers, options.videos, facts, problems, options.workers)
-        write_atomically(options.html, page)
+        write_atomically(options.html, folder.page(answers, options.workers))
         print(f"page in {options.html}, {time.monotonic() - started:.3f} s after the question")
     return 0
 
 
-def _up_to_date(
-    options: argparse.Namespace, loaded: LoadedModel, embedder: Embedder
-) -> SearchIndex:
-    """Load the folder's index and read what is new."""
-    how = [embedder.num_frames, options.rate, options.window_s, options.dtype]
-    key = hashlib.sha256(json.dumps([loaded.model_hash(), *how]).encode()).hexdigest()
-    path = options.index or options.videos / _INDEX_FOLDER / f"search-{key[:12]}.safetensors"
-    index = SearchIndex.load(path, options.videos, key)
-    started = time.monotonic()
-    with tqdm(unit="video", disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        num_read = index.update(embedder, path, show)
-    print(
-        f"index: {len(index.embeddings)} windows of {len(index.videos)} videos, {num_read} read "
-        f"now in {time.monotonic() - started:.1f} s"
-    )
-    report_unreadable(
-        [Unreadable(options.videos / v.path, v.problem) for v in index.videos if v.problem]
-    )
-    return index
-
-
 def _print(answers: list[Answer], folder: Path) -> None:
+    from lightning_modules.inference.search_page import clock
+
     for answer in answers:
         print(f"\n{answer.query}")
         for rank, hit in enumerate(answer.hits, start=1):

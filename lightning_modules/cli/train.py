@@ -6,8 +6,7 @@ import argparse
 import os
 import sys
 
-from lightning_modules.training.recipe import build_cli, shorten
-from lightning_modules.training.verbs import run_verb
+from lightning_modules.cli.recipe_help import short_help, topic_help
 
 
 def main(argv: list[str]) -> int:
@@ -22,6 +21,17 @@ def main(argv: list[str]) -> int:
     verb, words = argv[0], argv[1:]
     if not words:
         raise ValueError(f"`eva02-at {verb}` needs a recipe: --config configs/NAME.yaml")
+    for word in words:
+        if word in ("-h", "--help"):
+            print(short_help(verb))
+            return 0
+        if word.startswith("--help.") and word != "--help.all":
+            print(topic_help(word.removeprefix("--help.")))
+            return 0
+    words = ["--help" if word == "--help.all" else word for word in words]
+    from lightning_modules.training.recipe import build_cli, shorten
+    from lightning_modules.training.verbs import run_verb
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         cli = build_cli(words)

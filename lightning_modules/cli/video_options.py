@@ -6,11 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-
-from datamodules.video.windows import Unreadable
-from lightning_modules.inference.embedding import EmbedOptions
+if TYPE_CHECKING:
+    from datamodules.video.windows import Unreadable
+    from lightning_modules.inference.embedding import EmbedOptions
 
 _MOST_NAMED = 20
 
@@ -32,9 +32,7 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
         default=max(1, min(8, os.cpu_count() or 1)),
         help="decoding processes (%(default)s)",
     )
-    group.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)"
-    )
+    group.add_argument("--device", help="of the model (cuda where there is one, else cpu)")
     group.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="(%(default)s)"
     )
@@ -42,13 +40,17 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
 
 def embed_options(options: argparse.Namespace) -> EmbedOptions:
     """What the options say."""
+    import torch
+
+    from lightning_modules.inference.embedding import EmbedOptions
+
     return EmbedOptions(
         num_frames=options.frames,
         rate=options.rate,
         window_s=options.window_s,
         batch_size=options.batch_size,
         num_workers=options.workers,
-        device=options.device,
+        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         dtype=options.dtype,
     )
 

@@ -17,6 +17,7 @@ from datamodules.video.windows import (
     read_windows,
     sliding_windows,
 )
+from lightning_modules.checkpoints.conversion import LoadedModel
 from lightning_modules.models import DualEncoder
 
 
@@ -70,12 +71,16 @@ class Embedder:
     """A model that is ready to embed.
 
     Args:
-        model: In evaluation mode.
+        model: In evaluation mode, or what `load_model` returns.
         options: See there.
     """
 
-    def __init__(self, model: DualEncoder, options: EmbedOptions) -> None:
+    def __init__(
+        self, model: DualEncoder | LoadedModel, options: EmbedOptions | None = None
+    ) -> None:
         dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        model = model.model if isinstance(model, LoadedModel) else model
+        options = options or EmbedOptions()
         self.model = model.to(options.device, dtypes[options.dtype])
         self.options = options
         vision = model.config.vision
