@@ -22,6 +22,7 @@ from lightning_modules.cli.parser import CommandParser
 from lightning_modules.evaluation.benchmarks import BENCHMARKS
 from lightning_modules.evaluation.benchmarks.ek100_mir import EK100Retrieval
 from lightning_modules.evaluation.embed import EmbedOptions
+from lightning_modules.evaluation.missing import add_max_missing
 from lightning_modules.evaluation.run import Evaluation, evaluate, open_benchmark
 from lightning_modules.evaluation.submission import write_submission
 
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE.zip",
         help="ek100_mir: write the challenge's zip, validated",
     )
+    add_max_missing(parser)
     _add_test_time_options(parser)
     add_model_options(parser)
     return parser
@@ -143,6 +145,7 @@ def main(argv: list[str]) -> int:
                 corpus,
                 embed_options,
                 lambda clips: bar.update(clips * options.devices * options.nodes),
+                0.0 if options.submission else options.max_missing,
             )
         if is_first:
             told = f"{options.checkpoint}: {loaded.report.summary()}"
@@ -190,9 +193,8 @@ def _write(done: Evaluation, options: argparse.Namespace, protocol: str, told: s
     """Print the result, and write what was asked for."""
     metrics = done.measured.metrics
     result: dict[str, Any] = {"benchmark": options.benchmark, "protocol": protocol, **metrics}
-    row = done.benchmark.row(metrics)
     print(told, file=sys.stderr)
-    print(", ".join(f"{title} {value:.2f}" for title, value in row.items()), file=sys.stderr)
+    print(done.headline, file=sys.stderr)
     print(json.dumps(_without_nan(result), indent=2))
     if options.json is not None:
         whole = result | {"checkpoint": options.checkpoint, "per_query": done.measured.per_query}
@@ -202,12 +204,7 @@ def _write(done: Evaluation, options: argparse.Namespace, protocol: str, told: s
         with options.prediction.open("wb") as file:
             np.save(file, done.prediction.numpy())
     if options.submission is not None and isinstance(done.benchmark, EK100Retrieval):
-        if not done.present.all():
-            missing = int((~done.present).sum())
-            raise ValueError(f"no submission: {missing} clips of the challenge are missing")
-        benchmark = done.benchmark
-        sentences = [sentence.narration_id for sentence in benchmark.annotations.sentences]
-        write_submission(options.submission, done.prediction, benchmark.clip_ids, sentences)
+        write_submission(options.submission, done.prediction, *done.benchmark.annotations.ids)
 
 
 def _without_nan(content: Any) -> Any:

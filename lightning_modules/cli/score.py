@@ -7,17 +7,11 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from datamodules.files import write_atomically
 from lightning_modules.cli.parser import CommandParser
-from lightning_modules.evaluation.benchmarks.ek100_mir import (
-    RetrievalAnnotations,
-    scores_as_metrics,
-)
-from lightning_modules.evaluation.similarity import dual_softmax, ensemble
+from lightning_modules.evaluation.benchmarks.ek100_mir import RetrievalAnnotations
+from lightning_modules.evaluation.missing import add_max_missing
+from lightning_modules.evaluation.saved import score_saved
 from lightning_modules.evaluation.submission import Levels, write_submission
 
 
@@ -41,8 +35,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE.npy",
         type=Path,
         help="floating point matrix, rows in the order of the clip file, columns in that of the "
-        "sentence file; of several the (weighted) mean is scored",
+        "sentence file, NaN where a clip is missing; of several the (weighted) mean is scored",
     )
+    add_max_missing(parser)
     parser.add_argument(
         "--weights", nargs="+", type=float, metavar="W", help="of several matrices; equal if absent"
     )
@@ -79,65 +74,28 @@ def main(argv: list[str]) -> int:
         argv: Words after `eva02-at score`.
 
     Raises:
-        ValueError: An annotation file or a matrix is missing, malformed or of the wrong shape, or
-            a similarity is NaN.
+        ValueError: An annotation file or a matrix is missing, malformed or of the wrong shape, a
+            similarity is NaN, or too many clips are missing.
     """
     options = _parser().parse_args(argv)
     annotations = RetrievalAnnotations(options.annotations, options.split)
-    expected = (len(annotations.clips), len(annotations.sentences))
-    matrices = [read_similarity(path, expected) for path in options.similarity]
-    similarity = ensemble(matrices, options.weights)
-    scored = similarity
-    if options.dual_softmax is not None:
-        scored = dual_softmax(similarity, options.dual_softmax)
-    result = scores_as_metrics(annotations.score(scored))
-    if options.dual_softmax is not None:
-        result["dual_softmax"] = options.dual_softmax
+    done = score_saved(
+        options.similarity,
+        annotations,
+        weights=options.weights,
+        scale=options.dual_softmax,
+        max_missing=0.0 if options.submission else options.max_missing,
+    )
     if options.submission is not None:
-        write_submission(
-            options.submission,
-            similarity,
-            [clip.narration_id for clip in annotations.clips],
-            [sentence.narration_id for sentence in annotations.sentences],
-            Levels(options.sls_pt, options.sls_tl, options.sls_td),
-        )
-    text = json.dumps(result, indent=2)
+        levels = Levels(options.sls_pt, options.sls_tl, options.sls_td)
+        write_submission(options.submission, done.similarity, *annotations.ids, levels)
+    text = json.dumps(done.metrics, indent=2)
     print(text)
+    if done.coverage.missing:
+        print(done.coverage, file=sys.stderr)
     if options.json is not None:
         write_atomically(options.json, text + "\n")
     return 0
-
-
-def read_similarity(path: Path, expected: tuple[int, int]) -> Tensor:
-    """Read a .npy matrix without running code it may carry.
-
-    Args:
-        path: The file.
-        expected: (clips, sentences) that it must have.
-
-    Raises:
-        ValueError: No such file, not a .npy file, or another shape or type than expected.
-    """
-    if not path.is_file():
-        raise ValueError(f"similarity file {path} does not exist; give the path of an existing one")
-    try:
-        matrix = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path} is no plain .npy array ({error}); write it with numpy.save"
-        ) from None
-    if not isinstance(matrix, np.ndarray):
-        raise ValueError(f"{path} is an archive of arrays (.npz); give a single .npy array")
-    if matrix.shape != expected:
-        raise ValueError(
-            f"{path} has shape {matrix.shape}; it must be {expected}: {expected[0]} clips (rows) "
-            f"and {expected[1]} sentences (columns)"
-        )
-    if matrix.dtype.kind != "f" or matrix.dtype.itemsize > 8:
-        raise ValueError(
-            f"{path} has dtype {matrix.dtype}; it must be float32 (or float16, float64)"
-        )
-    return torch.from_numpy(np.ascontiguousarray(matrix, matrix.dtype.newbyteorder("=")))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def embed_clips(
         on_progress: Called with the number of this rank's clips just finished.
 
     Returns:
-        (n, E) fp32 on the CPU, L2-normalised, in the order of the shards, zero where a clip is
+        (n, E) fp32 on the CPU, L2-normalised, in the order of the shards, NaN where a clip is
         damaged; and (n,) bool, False there. The same on every rank.
     """
     vision = model.config.vision
@@ -133,7 +133,8 @@ def _gather(
     own = torch.cat(rows) if rows else torch.empty(0, width, device=device)
     places = torch.cat(index).to(device) if index else torch.empty(0, dtype=torch.int64)
     own, places = gather_no_gradient(own).cpu(), gather_no_gradient(places.to(device)).cpu()
-    everything, present = torch.zeros(total, width), torch.zeros(total, dtype=torch.bool)
+    everything = torch.full((total, width), torch.nan)  # what is missing must not look like a zero
+    present = torch.zeros(total, dtype=torch.bool)
     everything[places], present[places] = own, True
     return everything, present
 

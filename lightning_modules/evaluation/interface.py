@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from datamodules.manifest import ClipRecord
+from lightning_modules.evaluation.missing import Coverage
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class BenchmarkData:
         template: Each prompt is set in here: `{}` or, say, `#C C {}`.
         dual_softmax: Scale of `similarity.dual_softmax`, for retrieval; None for plain
             similarities.
+        rejected: Names of clips that the build of the shards rejected.
     """
 
     records: Sequence[ClipRecord]
@@ -35,6 +37,7 @@ class BenchmarkData:
     split: str | None = None
     template: str = "{}"
     dual_softmax: float | None = None
+    rejected: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.template.count("{}") != 1:
@@ -88,9 +91,12 @@ class Benchmark(ABC):
         """Turn embeddings into what is measured.
 
         Args:
-            video: (clips, E), L2-normalised; zero for a clip that is missing.
+            video: (clips, E), L2-normalised; NaN for a clip that is missing.
             text: (prompts, E), L2-normalised.
             logit_scale: The model's inverse temperature.
+
+        Returns:
+            A matrix that is NaN wherever a missing clip has a part in it.
         """
 
     @abstractmethod
@@ -101,6 +107,10 @@ class Benchmark(ABC):
             prediction: As `predict` gives it.
             present: (clips,) bool, False for clips that are not in the shards or unreadable.
         """
+
+    def coverage(self, present: Tensor) -> Coverage:
+        """How much of the benchmark these clips are; a benchmark may count something else."""
+        return Coverage.of(present)
 
     def row(self, metrics: Mapping[str, Any]) -> dict[str, float]:
         """The figures of a table row: title -> value."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from datamodules.manifest import load_records
+from datamodules.manifest import ClipRecord, Manifest, load_records
 from datamodules.stream.reader import Corpus
 from lightning_modules.evaluation.benchmarks import BENCHMARKS
 from lightning_modules.evaluation.embed import EmbedOptions, embed_clips, embed_texts
 from lightning_modules.evaluation.interface import Benchmark, BenchmarkData, Measured
+from lightning_modules.evaluation.missing import MAX_MISSING, Coverage
 from lightning_modules.models import DualEncoder
 from lightning_modules.models.dual_encoder import MAX_LOG_SCALE
 
@@ -24,7 +25,7 @@ class Evaluation:
 
     Attributes:
         benchmark: The benchmark, with its data.
-        prediction: What was measured: similarities or logits.
+        prediction: What was measured: similarities or logits; NaN where a clip is missing.
         present: (clips,) bool, which of the benchmark's clips could be embedded.
         measured: The figures.
     """
@@ -33,6 +34,17 @@ class Evaluation:
     prediction: Tensor
     present: Tensor
     measured: Measured
+
+    @property
+    def coverage(self) -> Coverage:
+        """How much of the benchmark was measured."""
+        return self.benchmark.coverage(self.present)
+
+    @property
+    def headline(self) -> str:
+        """The main figures, and what they leave out."""
+        row = self.benchmark.row(self.measured.metrics)
+        return self.coverage.headline(", ".join(f"{k} {value:.2f}" for k, value in row.items()))
 
 
 def open_benchmark(
@@ -64,9 +76,9 @@ def open_benchmark(
     if dual_softmax is not None and name not in retrieval:
         raise ValueError(f"dual softmax is for retrieval ({', '.join(retrieval)}), not for {name}")
     corpus = Corpus.load([manifest])
-    data = BenchmarkData(
-        load_records(corpus.manifests[0]), annotations, split, template, dual_softmax
-    )
+    (manifest_read,) = corpus.manifests
+    records, rejected = load_records(manifest_read), _rejected(manifest_read)
+    data = BenchmarkData(records, annotations, split, template, dual_softmax, rejected)
     return BENCHMARKS[name](data), corpus
 
 
@@ -76,6 +88,7 @@ def evaluate(
     corpus: Corpus,
     options: EmbedOptions,
     on_progress: Callable[[int], object] = lambda done: None,
+    max_missing: float = MAX_MISSING,
 ) -> Evaluation:
     """Evaluate a model; on several ranks each does its share and all return the same.
 
@@ -85,31 +98,57 @@ def evaluate(
         corpus: The shards.
         options: How clips become embeddings.
         on_progress: Called with the number of this rank's clips just finished.
+        max_missing: Greatest share of the benchmark that may be missing.
 
     Raises:
-        ValueError: None of the benchmark's clips is in the shards.
+        ValueError: None of the benchmark's clips is in the shards, or too few of them.
     """
-    video, present = _in_order(benchmark, corpus, *embed_clips(model, corpus, options, on_progress))
+    rows = rows_in_shards(benchmark, load_records(corpus.manifests[0]))
+    check_coverage(benchmark, rows >= 0, max_missing)  # before hours of work
+    embeddings, intact = embed_clips(model, corpus, options, on_progress)
+    present = (rows >= 0) & intact[rows]
+    check_coverage(benchmark, present, max_missing)
+    video = torch.where(present[:, None], embeddings[rows], torch.nan)
     text = embed_texts(model, benchmark.prompts, options.batch_size)
     logit_scale = model.logit_scale.detach().float().clamp(0, MAX_LOG_SCALE).exp().item()
     prediction = benchmark.predict(video, text, logit_scale)
     return Evaluation(benchmark, prediction, present, benchmark.measure(prediction, present))
 
 
-def _in_order(
-    benchmark: Benchmark, corpus: Corpus, embeddings: Tensor, intact: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Bring the shards' embeddings into the benchmark's order; what is missing is zero."""
-    records = load_records(corpus.manifests[0])
+def rows_in_shards(benchmark: Benchmark, records: Sequence[ClipRecord]) -> Tensor:
+    """Where each of the benchmark's clips lies in the shards: (clips,) int64, -1 where nowhere.
+
+    Raises:
+        ValueError: None of them is there.
+    """
     place = {record.clip_id: row for row, record in enumerate(records)}
     rows = torch.tensor([place.get(clip_id, -1) for clip_id in benchmark.clip_ids])
-    present = rows >= 0
-    present[present.clone()] = intact[rows[present]]
-    if not present.any():
+    if not (rows >= 0).any():
         raise ValueError(
             f"none of the {len(rows)} clips of benchmark {benchmark.name} (such as "
             f"{benchmark.clip_ids[0]!r}) is in the shards, whose clips are called "
             f"{records[0].clip_id!r} and the like; build the shards from the same annotations"
         )
-    video = embeddings[rows.clamp(min=0)] * present[:, None]
-    return video, present
+    return rows
+
+
+def check_coverage(benchmark: Benchmark, present: Tensor, max_missing: float) -> None:
+    """Refuse a part of a benchmark that is too small to stand for it.
+
+    Raises:
+        ValueError: It is, with the names of some clips that are missing.
+    """
+    missing = (~present).nonzero().flatten().tolist()
+    shown = ", ".join(repr(benchmark.clip_ids[row]) for row in missing[:3])
+    benchmark.coverage(present).check(
+        max_missing,
+        f"Of benchmark {benchmark.name}, {shown} and the like are not in the shards or cannot be "
+        "read: build them (`eva02-at shards build`), or raise --max-missing to have the figures of "
+        "a part, marked as such.",
+    )
+
+
+def _rejected(manifest: Manifest) -> list[str]:
+    """Names of the clips that the build of the shards rejected."""
+    indexes = map(manifest.load_index, range(len(manifest.shards)))
+    return [reject["clip_id"] for index in indexes for reject in index.rejects]

@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lightning_modules.sweep.table import Entry, Figure, Table
+from lightning_modules.sweep.table import MISSING, Entry, Figure, Table
 
 _WIDTH, _HEIGHT = 400, 240
-_LESS_IS_BETTER = ("mdr",)  # median rank
+_LESS_IS_BETTER = ("mdr", MISSING)  # median rank
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 14, 12, 30
 # Okabe and Ito's colours: told apart by colour-blind readers too.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a7a7a")
@@ -92,6 +92,8 @@ def _charts(table: Table) -> str:
     colours = {run: _COLOURS[n % len(_COLOURS)] for n, run in enumerate(runs)}
     charts = []
     for column, metric in table.columns:
+        if metric == MISSING:
+            continue
         curves: dict[str, list[Point]] = {}
         for cell, entries in table.rows:
             figure = entries[column].figures.get(metric) if column in entries else None
@@ -216,7 +218,8 @@ def _table(table: Table) -> str:
             ends = (
                 "" if figure.low is None else f"<span>{figure.low:.2f} – {figure.high:.2f}</span>"
             )
-            cells.append(f"<td{kind}>{figure.value:.2f}{ends}</td>")
+            shown = Figure(figure.value)
+            cells.append(f"<td{kind}>{shown}{ends}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return (
         f'<div class="scroll"><table><thead><tr><th>run</th><th>step</th>{heads}</tr></thead>'

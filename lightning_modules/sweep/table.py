@@ -15,6 +15,7 @@ from lightning_modules.sweep.cells import SweepFiles
 from lightning_modules.sweep.plan import Cell, Plan
 
 PER_QUERY = "per_query"
+MISSING = "num_missing_clips"
 _RESAMPLES, _COVERAGE = 1000, 0.95
 
 
@@ -22,11 +23,13 @@ _RESAMPLES, _COVERAGE = 1000, 0.95
 class Figure:
     """A metric's value and, where queries' own values are known, its 95 % bootstrap interval."""
 
-    value: float
+    value: float  # an int is a count
     low: float | None = None
     high: float | None = None
 
     def __str__(self) -> str:
+        if isinstance(self.value, int):
+            return f"{self.value:,}"
         spread = "" if self.low is None else f" [{self.low:.2f}, {self.high:.2f}]"
         return f"{self.value:.2f}{spread}"
 
@@ -55,12 +58,12 @@ class Table:
 
     @property
     def columns(self) -> list[tuple[str, str]]:
-        """(benchmark, metric), in the order they were met; counts are left to the CSV."""
+        """(benchmark, metric), in the order they were met; of counts only what is missing."""
         found = {
             (entry.column, metric): None
             for entry in self.entries
             for metric in entry.figures
-            if not is_count(metric)
+            if metric == MISSING or not is_count(metric)
         }
         return sorted(found, key=lambda pair: [c for c, _ in found].index(pair[0]))
 
@@ -128,7 +131,7 @@ def figures_of(result: Mapping[str, Any]) -> dict[str, Figure]:
     for name, value in values.items():
         parts = [queries[name]] if name in queries else _parts_of_mean(name, queries)
         low, high = bootstrap(parts, float(value)) if parts else (None, None)
-        figures[name] = Figure(float(value), low, high)
+        figures[name] = Figure(value if is_count(name) else float(value), low, high)
     return figures
 
 

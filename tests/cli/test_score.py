@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from epic_files import write_retrieval_split
 from retrieval_protocol import protocol, relevance_of_sets
 
 from lightning_modules.cli.main import main
+from lightning_modules.evaluation.similarity import dual_softmax
 
 NUM_CLIPS, NUM_SENTENCES = 83, 31
 
@@ -57,6 +59,36 @@ def test_a_perfect_matrix_scores_100(annotations, capsys):
     assert result["ndcg"]["avg"] == pytest.approx(100)
 
 
+def test_rows_of_nan_are_missing_clips(annotations, capsys):
+    folder, (videos, texts) = annotations
+    whole, part = similarities("random", "float32"), similarities("tied", "float32")
+    np.save(folder.parent / "whole.npy", whole)
+    part[[2, 80]] = np.nan
+    np.save(folder.parent / "part.npy", part)
+    files = [str(folder.parent / name) for name in ("whole.npy", "part.npy")]
+    words = ["score", "--annotations", str(folder), "--similarity", *files, "--max-missing", "0.03"]
+    for scale in (None, 5.0):
+        assert main([*words, *([] if scale is None else ["--dual-softmax", str(scale)])]) == 0
+        told = capsys.readouterr()
+        result = json.loads(told.out)
+        assert result["num_missing_clips"] == 2 and result["num_queries"]["v2t"] == NUM_CLIPS - 2
+        assert "2 of 83 clips missing (2.41%)" in told.err
+        mean = np.delete((whole.astype(float) + part.astype(float)) / 2, [2, 80], axis=0)
+        if scale is not None:
+            mean = dual_softmax(torch.from_numpy(mean), scale).numpy()
+        kept = [video for row, video in enumerate(videos) if row not in (2, 80)]
+        expected = protocol(mean, relevance_of_sets(kept, texts))
+        assert result["map"]["t2v"] == pytest.approx(100 * expected["map"][1])
+
+
+def test_rows_of_zeros_are_warned_of(annotations, caplog):
+    matrix = similarities("random", "float32")
+    assert score(annotations[0], np.zeros_like(matrix)) == 0 and not caplog.records
+    matrix[5] = 0
+    assert score(annotations[0], matrix) == 0
+    assert "1 rows are nothing but zeros (the first: 5)" in caplog.text
+
+
 def test_another_split(annotations, capsys):
     folder, _ = annotations
     write_retrieval_split(folder, "train", 9, 5)
@@ -70,7 +102,8 @@ def test_another_split(annotations, capsys):
         (similarities("random", "float32").T, "(31, 83); it must be (83, 31): 83 clips (rows)"),
         (similarities("random", "float32")[0], "has shape (31,)"),
         (similarities("tied", "float32").astype("int32"), "has dtype int32"),
-        (np.full((NUM_CLIPS, NUM_SENTENCES), np.nan, "float32"), "NaN"),
+        (np.full((NUM_CLIPS, NUM_SENTENCES), np.nan, "float32"), "83 of 83 clips missing"),
+        (np.diag(np.full(NUM_CLIPS, np.nan))[:, :NUM_SENTENCES], "31 NaN among"),
         (np.array([{"a": 1}]), "no plain .npy array"),
     ],
 )

@@ -66,7 +66,7 @@ def world(tmp_path_factory) -> tuple[Path, list, list]:
     return folder, videos, texts
 
 
-def run(folder: Path, *words: str | Path, shards: str = "shards") -> int:
+def run(folder: Path, *words: str | Path, shards: str | Path = "shards") -> int:
     checkpoint = ["--checkpoint", folder / "m.pt", "--config", folder / "m.json"]
     data = ["--shards", folder / shards, "--accelerator", "cpu", "--workers", "0"]
     return main([*map(str, ["evaluate", *checkpoint, *data, *words])])
@@ -131,33 +131,72 @@ def test_the_command_starts_its_processes(world, tmp_path, capfd):
     assert (result["num_videos"], result["t2v"]) == (NUM_CLIPS, one["t2v"])
 
 
-def test_damaged_and_rejected_clips_are_counted(world, tmp_path, capsys):
-    folder, videos, texts = world
+@pytest.fixture
+def damaged(world, tmp_path) -> Path:
+    """The same shards, the second clip's bytes changed."""
+    folder = world[0]
     manifest = Manifest.load(folder / "shards")
-    damaged = tmp_path / "shards"
-    damaged.mkdir()
+    copy = tmp_path / "shards"
+    copy.mkdir()
     for file in (folder / "shards").iterdir():
         if file.is_file():
-            (damaged / file.name).write_bytes(file.read_bytes())
-    tar = damaged / manifest.shards[0].name
+            (copy / file.name).write_bytes(file.read_bytes())
+    tar = copy / manifest.shards[0].name
     offset = int(manifest.load_index(0).rows[1]["video_offset"])
     content = bytearray(tar.read_bytes())
     content[offset + 100] ^= 1
     tar.write_bytes(content)
-    words = ["--benchmark", "ek100_mir", "--annotations", folder / "annotations"]
-    checkpoint = ["--checkpoint", folder / "m.pt", "--config", folder / "m.json"]
-    data = ["--shards", damaged, "--accelerator", "cpu", "--workers", "0"]
+    return copy
+
+
+def test_a_part_is_marked_as_one_and_scored_as_one(world, damaged, tmp_path, capsys):
+    folder, videos, texts = world
+    annotations = ["--annotations", folder / "annotations"]
+    words = ["--benchmark", "ek100_mir", *annotations]
     path = tmp_path / "s.npy"
-    more = ["--prediction", path, "--submission", tmp_path / "x.zip"]
-    assert main([*map(str, ["evaluate", *checkpoint, *data, *words, *more])]) == 2
+    more = ["--prediction", path, "--max-missing", "0.1"]
+    assert run(folder, *words, *more, shards=damaged) == 0
     told = capsys.readouterr()
     result = json.loads(told.out)
     assert result["num_missing_clips"] == 1
     assert result["num_queries"]["v2t"] == NUM_CLIPS - 1
-    assert "no submission: 1 clips" in told.err
-    kept = np.delete(np.load(path), 1, axis=0), [v for n, v in enumerate(videos) if n != 1]
+    headline = next(line for line in told.err.splitlines() if line.startswith("mAP"))
+    assert headline.endswith(" -- 1 of 13 clips missing (7.69%)")
+    prediction = np.load(path)
+    assert np.isnan(prediction).all(axis=1).tolist() == [n == 1 for n in range(NUM_CLIPS)]
+    kept = np.delete(prediction, 1, axis=0), [v for n, v in enumerate(videos) if n != 1]
     expected = protocol(kept[0], relevance_of_sets(kept[1], texts))
     assert result["map"]["t2v"] == pytest.approx(100 * expected["map"][1])
+
+    def score(*options: str) -> int:
+        return main([*map(str, ["score", *annotations, "--similarity", path, *options])])
+
+    assert score("--max-missing", "0.1") == 0
+    scored = json.loads(capsys.readouterr().out)
+    assert {name: result[name] for name in scored} == scored
+    assert score() == 2
+    assert "1 of 13 clips missing (7.69%), more than a share of 0.01" in capsys.readouterr().err
+    assert score("--max-missing", "1", "--submission", str(tmp_path / "x.zip")) == 2
+    assert not (tmp_path / "x.zip").exists()
+
+
+@pytest.mark.parametrize("limit", [[], ["--max-missing", "1", "--submission", "x.zip"]])
+def test_too_small_a_part_has_no_figures(world, damaged, tmp_path, capsys, limit):
+    words = ["--benchmark", "ek100_mir", "--annotations", world[0] / "annotations", *limit]
+    assert run(world[0], *words, "--json", tmp_path / "r.json", shards=damaged) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and not (tmp_path / "r.json").exists()
+    assert "1 of 13 clips missing" in told.err and "Of benchmark ek100_mir, 'P01_01_1'" in told.err
+
+
+def test_what_is_not_in_the_shards_is_told_before_any_work(world, tmp_path, monkeypatch):
+    folder = world[0]
+    monkeypatch.setattr("lightning_modules.evaluation.run.embed_clips", None)  # must not be called
+    other = tmp_path / "annotations"
+    other.mkdir()
+    write_retrieval_split(other, "test", 2 * NUM_CLIPS, NUM_SENTENCES)
+    words = ["--benchmark", "ek100_mir", "--annotations", other]
+    assert run(folder, *words) == 2
 
 
 @torch.inference_mode()

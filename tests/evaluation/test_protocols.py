@@ -1,5 +1,6 @@
 """Each benchmark on annotations made up by hand: data, prompts, prediction, figures, traps."""
 
+import argparse
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from retrieval_protocol import protocol, relevance_of_sets
 
 from datamodules.manifest import ClipRecord
 from lightning_modules.evaluation.benchmarks import BENCHMARKS, BenchmarkData
+from lightning_modules.evaluation.missing import Coverage, share_that_may_miss
 from lightning_modules.evaluation.similarity import dual_softmax
 
 
@@ -48,7 +50,7 @@ class TestEK100Retrieval:
         benchmark, videos, texts, video, text = case
         present = everything(benchmark)
         present[[0, 7]] = False
-        video = video * present[:, None]
+        video = torch.where(present[:, None], video, torch.nan)
         prediction = benchmark.predict(video, text, 1.0)
         measured = benchmark.measure(prediction, present)
         kept = [item for item, is_there in zip(videos, present, strict=True) if is_there]
@@ -62,7 +64,7 @@ class TestEK100Retrieval:
         sharp = BENCHMARKS["ek100_mir"](BenchmarkData([], tmp_path, dual_softmax=20.0))
         present = everything(sharp)
         present[3] = False
-        prediction = sharp.predict(video * present[:, None], text, 1.0)
+        prediction = sharp.predict(torch.where(present[:, None], video, torch.nan), text, 1.0)
         measured = sharp.measure(prediction, present)
         kept = [item for item, is_there in zip(videos, present, strict=True) if is_there]
         matrix = dual_softmax(prediction[present], 20.0).numpy()
@@ -154,6 +156,14 @@ class TestEgoMCQ:
         assert metrics["num_excluded_questions"] == 2
         assert (metrics["num_inter"], metrics["num_intra"]) == (1, 0)
 
+    def test_what_is_missing_is_counted_in_questions(self, benchmark):
+        present = torch.ones(8, dtype=torch.bool)
+        present[7] = False
+        assert benchmark.coverage(present) == Coverage(2, 3, "questions")
+        video = torch.where(present[:, None], torch.ones(8, 4), torch.nan)
+        missing = benchmark.predict(video, torch.ones(3, 4), 1.0).isnan()
+        assert missing.nonzero().tolist() == [[1, 4], [2, 4]]
+
 
 class TestCharadesEgo:
     @pytest.fixture
@@ -210,6 +220,32 @@ class TestTextVideo:
         measured = benchmark.measure(torch.rand(2, 4), torch.tensor([False, True]))
         assert (measured.metrics["num_texts"], measured.metrics["num_videos"]) == (1, 1)
         assert measured.metrics["t2v"]["r1"] == 100
+
+    def test_what_the_build_rejected_is_missing(self):
+        benchmark = BENCHMARKS["text_video"](BenchmarkData(self.records, rejected=["9"]))
+        present = torch.tensor([name != "9" for name in benchmark.clip_ids])
+        assert benchmark.coverage(present) == Coverage(1, 3)
+        video = torch.where(present[:, None], torch.eye(3), torch.nan)
+        prediction = benchmark.predict(video, torch.ones(4, 3), 1.0)
+        measured = benchmark.measure(prediction, present)
+        assert prediction.isnan().all(dim=1).tolist() == [False, False, True]
+        assert (measured.metrics["num_missing_clips"], measured.metrics["num_videos"]) == (1, 2)
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.01, 0.0099])
+def test_the_limit_itself_may_be_missing(limit):
+    coverage = Coverage(1, 100)
+    if limit >= 0.01:
+        coverage.check(limit, "")
+        return
+    with pytest.raises(ValueError, match=r"1 of 100 clips missing \(1.00%\), .* Mend it"):
+        coverage.check(limit, "Mend it")
+
+
+@pytest.mark.parametrize("share", ["1.5", "-0.1", "few", "nan"])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(argparse.ArgumentTypeError, match="no share from 0 to 1"):
+        share_that_may_miss(share)
 
 
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "text_video"])

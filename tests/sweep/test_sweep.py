@@ -50,6 +50,7 @@ def test_checkpoints_times_benchmarks_end_in_a_table(
     assert len(conversions(Path("out"))) == 3  # once for both benchmarks
     text = Path("out/table.md").read_text()
     assert text.splitlines()[0].count("map.avg") == 2
+    assert text.splitlines()[0].count("num_missing_clips") == 2
     assert [line.split(" | ")[:2] for line in text.splitlines()[2:5]] == [
         ["| runs/a", "10"],
         ["| runs/a", "20"],

@@ -78,6 +78,7 @@ def table() -> Table:
     for run, step, value in [("a", 100, 10.0), ("a", 200, 30.0), ("<b>", 100, 20.0)]:
         cell = Cell(f"{run}{step}", f"/runs/{run}/{step}", run, step, "c", (), ("mir",))
         figures = {"map": Figure(value, value - 2, value + 2), "num_excluded.v2t": Figure(9)}
+        figures["num_missing_clips"] = Figure(9552 if run == "a" else 0)
         entries.append(Entry(cell, "mir", figures))
     failed = Cell("x", "/runs/a/300", "a", 300, "c", (), ("mir",))
     entries.append(Entry(failed, "mir", problem="evaluate: a | b\nc"))
@@ -86,19 +87,20 @@ def table() -> Table:
 
 def test_markdown_names_what_has_no_figures() -> None:
     lines = markdown(table()).splitlines()
-    assert lines[0] == "| run | step | mir<br>map |"
-    assert lines[2] == "| a | 100 | 10.00 [8.00, 12.00] |"
-    assert lines[5] == "| a | 300 | failed |"
+    assert lines[0] == "| run | step | mir<br>map | mir<br>num_missing_clips |"
+    assert lines[2] == "| a | 100 | 10.00 [8.00, 12.00] | 9,552 |"
+    assert lines[4] == "| <b> | 100 | 20.00 [18.00, 22.00] | 0 |"
+    assert lines[5] == "| a | 300 | failed | failed |"
     assert "- /runs/a/400: state is missing" in lines
     assert any(line.startswith("- a @ 300, mir: evaluate") for line in lines)
 
 
 def test_csv_holds_every_figure_and_problem() -> None:
     rows = list(csv.DictReader(io.StringIO(csv_text(table()))))
-    assert len(rows) == 3 * 2 + 1 + 1
+    assert len(rows) == 3 * 3 + 1 + 1
     assert rows[0]["metric"] == "map" and float(rows[0]["low"]) == 8.0
     assert rows[1]["metric"] == "num_excluded.v2t" and rows[1]["low"] == ""
-    assert [row["problem"] for row in rows[6:]] == ["evaluate: a | b\nc", "state is missing"]
+    assert [row["problem"] for row in rows[9:]] == ["evaluate: a | b\nc", "state is missing"]
 
 
 def test_page_has_a_curve_a_run_and_escapes_names() -> None:
@@ -108,7 +110,8 @@ def test_page_has_a_curve_a_run_and_escapes_names() -> None:
     (line,) = (re.findall(r'<polyline points="([^"]+)"', page)[0],)
     (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in line.split())
     assert x0 < x1 and y0 > y1  # a later step is further right, a better figure higher
-    assert page.count('class="failed"') == 1
+    assert page.count('class="failed"') == 2
+    assert page.count("<td>9,552</td>") == 2 and page.count('<td class="best">0</td>') == 1
     assert re.search(r'class="best">30\.00', page)
     assert not re.search(r"(src|href)=", page)
 

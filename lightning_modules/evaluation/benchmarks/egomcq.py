@@ -9,6 +9,7 @@ from torch import Tensor
 
 from datamodules.annotations.egomcq import read_egomcq
 from lightning_modules.evaluation.interface import Benchmark, BenchmarkData, Measured
+from lightning_modules.evaluation.missing import Coverage
 from lightning_modules.metrics.functional.choice import (
     INTER_VIDEO,
     INTRA_VIDEO,
@@ -46,9 +47,16 @@ class EgoMCQ(Benchmark):
         columns = [(video[column] * text).sum(1) for column in self.choices.T]
         return torch.stack(columns, dim=1)
 
+    def coverage(self, present: Tensor) -> Coverage:
+        """In questions: one falls with any of its five clips."""
+        return Coverage.of(self._whole(present), "questions")
+
+    def _whole(self, present: Tensor) -> Tensor:
+        return present[self.choices].all(dim=1)
+
     def measure(self, prediction: Tensor, present: Tensor) -> Measured:
         """`inter` and `intra`, their numbers of questions, and the questions left out."""
-        whole = present[self.choices].all(dim=1)
+        whole = self._whole(present)
         correct = choice_correct(prediction[whole], self.answer[whole])
         types = self.types[whole]
         accuracy = egomcq_accuracy(correct, types)

@@ -41,6 +41,12 @@ class RetrievalAnnotations:
         self.clips: list[RetrievalClip] = read_retrieval_clips(clip_file)
         self.sentences: list[Sentence] = read_sentences(sentence_file, self.clips)
 
+    @property
+    def ids(self) -> tuple[list[str], list[str]]:
+        """The narration ids of clips and of sentences, as a submission names them."""
+        clips = [clip.narration_id for clip in self.clips]
+        return clips, [sentence.narration_id for sentence in self.sentences]
+
     def score(self, similarity: Tensor, present: Tensor | None = None) -> MultiInstanceScores:
         """Measure a (clips, sentences) similarity matrix.
 
@@ -121,7 +127,7 @@ class EK100Retrieval(Benchmark):
         directory = data.annotation_path(self.name, "the folder of EPIC_100_retrieval_*.csv")
         self.annotations = RetrievalAnnotations(directory, data.split or "test")
         self.dual_softmax = data.dual_softmax
-        self.clip_ids = [clip.narration_id for clip in self.annotations.clips]
+        self.clip_ids = self.annotations.ids[0]
         self.prompts = [data.template.format(row.text) for row in self.annotations.sentences]
 
     def predict(self, video: Tensor, text: Tensor, logit_scale: float) -> Tensor:

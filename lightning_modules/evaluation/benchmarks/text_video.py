@@ -20,7 +20,7 @@ class TextVideoRetrieval(Benchmark):
     one video with several texts, of which the best placed counts.
 
     Args:
-        data: Records with at least one text each.
+        data: Records with at least one text each; what the build rejected is a video missing.
     """
 
     name = "text_video"
@@ -48,7 +48,7 @@ class TextVideoRetrieval(Benchmark):
                 clip_ids.append(record.clip_id)
             prompts += [data.template.format(text) for text in record.texts]
             owners += [first[span]] * len(record.texts)
-        self.clip_ids, self.prompts = clip_ids, prompts
+        self.clip_ids, self.prompts = [*clip_ids, *data.rejected], prompts
         self.video_of_text = torch.tensor(owners)
 
     def predict(self, video: Tensor, text: Tensor, logit_scale: float) -> Tensor:
