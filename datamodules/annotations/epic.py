@@ -9,7 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from datamodules.annotations.table import parse_clock, parse_int, parse_int_list, read_table
+from datamodules.annotations.rows import Rejects, records_of_rows
+from datamodules.annotations.table import (
+    iterate_table,
+    parse_clock,
+    parse_int,
+    parse_int_list,
+    read_table,
+)
+from datamodules.manifest import ClipRecord
 
 CLIP_COLUMNS = (
     "narration_id",
@@ -154,29 +162,63 @@ def read_retrieval_clips(path: str | Path) -> list[RetrievalClip]:
     """
     clips: list[RetrievalClip] = []
     seen: set[str] = set()
-    for number, row in enumerate(read_table(path, CLIP_COLUMNS), start=1):
-        where = f"{path}, row {number}"
-        start_s = parse_clock(row["start_timestamp"], f"{where}, start_timestamp")
-        stop_s = parse_clock(row["stop_timestamp"], f"{where}, stop_timestamp")
-        if row["narration_id"] in seen:
-            raise ValueError(f"{where}: narration_id {row['narration_id']!r} occurs twice")
-        seen.add(row["narration_id"])
-        clips.append(
-            RetrievalClip(
-                narration_id=row["narration_id"],
-                participant_id=row["participant_id"],
-                video_id=row["video_id"],
-                start_s=start_s,
-                stop_s=stop_s,
-                narration=row["narration"],
-                verb_class=parse_int(row["verb_class"], f"{where}, verb_class"),
-                noun_class=parse_int(row["noun_class"], f"{where}, noun_class"),
-                all_noun_classes=parse_int_list(
-                    row["all_noun_classes"], f"{where}, all_noun_classes"
-                ),
-            )
-        )
+    for number, row in iterate_table(path, CLIP_COLUMNS):
+        try:
+            clip = _clip(row)
+            if clip.narration_id in seen:
+                raise ValueError(f"narration_id {clip.narration_id!r} occurs twice")
+        except ValueError as error:
+            raise ValueError(f"{path}, row {number}: {error}") from error
+        seen.add(clip.narration_id)
+        clips.append(clip)
     return clips
+
+
+def read_ek100(path: str | Path, rejects: Rejects | None = None) -> list[ClipRecord]:
+    """The clips of the same files as records, to build shards from.
+
+    The clip id is the narration id; the main noun comes first.
+
+    Args:
+        path: As `read_retrieval_clips`.
+        rejects: Takes the rows that cannot be used; without it the first one refuses the file.
+
+    Raises:
+        ValueError: As `read_retrieval_clips`, and for a blank narration.
+    """
+
+    def make(number: int, row: dict[str, str]) -> tuple[ClipRecord]:
+        clip = _clip(row)
+        return (
+            ClipRecord(
+                clip_id=clip.narration_id,
+                video_id=clip.video_id,
+                start_s=clip.start_s,
+                end_s=clip.stop_s,
+                texts=(clip.narration,),
+                verb_classes=(clip.verb_class,),
+                noun_classes=tuple(
+                    sorted(clip.all_noun_classes, key=lambda noun: noun != clip.noun_class)
+                ),
+            ),
+        )
+
+    rows = iterate_table(path, CLIP_COLUMNS, rejects=rejects)
+    return records_of_rows(path, rows, make, rejects)
+
+
+def _clip(row: dict[str, str]) -> RetrievalClip:
+    return RetrievalClip(
+        narration_id=row["narration_id"],
+        participant_id=row["participant_id"],
+        video_id=row["video_id"],
+        start_s=parse_clock(row["start_timestamp"], "start_timestamp"),
+        stop_s=parse_clock(row["stop_timestamp"], "stop_timestamp"),
+        narration=row["narration"],
+        verb_class=parse_int(row["verb_class"], "verb_class"),
+        noun_class=parse_int(row["noun_class"], "noun_class"),
+        all_noun_classes=parse_int_list(row["all_noun_classes"], "all_noun_classes"),
+    )
 
 
 def read_sentences(path: str | Path, clips: list[RetrievalClip]) -> list[Sentence]:

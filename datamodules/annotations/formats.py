@@ -8,34 +8,19 @@ from pathlib import Path
 from datamodules.annotations.charades_ego import read_charades_clips, read_charades_tests
 from datamodules.annotations.egoclip import read_egoclip
 from datamodules.annotations.egomcq import read_egomcq_clips
-from datamodules.annotations.epic import read_retrieval_clips
+from datamodules.annotations.epic import read_ek100
 from datamodules.annotations.lavila import read_lavila
 from datamodules.annotations.mapped import Columns, read_mapped
+from datamodules.annotations.rows import Rejects
 from datamodules.manifest import ClipRecord
 
 
-def read_ek100(path: str | Path) -> list[ClipRecord]:
-    """EK-100 retrieval or recognition CSV; the clip id is the narration id, the main noun first."""
-    return [
-        ClipRecord(
-            clip_id=clip.narration_id,
-            video_id=clip.video_id,
-            start_s=clip.start_s,
-            end_s=clip.stop_s,
-            texts=(clip.narration,),
-            verb_classes=(clip.verb_class,),
-            noun_classes=tuple(sorted(clip.all_noun_classes, key=lambda n: n != clip.noun_class)),
-        )
-        for clip in read_retrieval_clips(path)
-    ]
-
-
-def read_egohod(path: str | Path) -> list[ClipRecord]:
+def read_egohod(path: str | Path, rejects: Rejects | None = None) -> list[ClipRecord]:
     """EgoHOD CSV: `video_id,start_second,end_second,text`; the clip id is the row number."""
-    return read_mapped(path, Columns())
+    return read_mapped(path, Columns(), rejects)
 
 
-FORMATS: dict[str, Callable[[str | Path], list[ClipRecord]]] = {
+FORMATS: dict[str, Callable[[str | Path, Rejects | None], list[ClipRecord]]] = {
     "ek100": read_ek100,
     "egoclip": read_egoclip,
     "lavila": read_lavila,
@@ -46,19 +31,25 @@ FORMATS: dict[str, Callable[[str | Path], list[ClipRecord]]] = {
 }
 
 
-def read_clips(path: str | Path, format: str, columns: Columns | None = None) -> list[ClipRecord]:
+def read_clips(
+    path: str | Path,
+    format: str,
+    columns: Columns | None = None,
+    rejects: Rejects | None = None,
+) -> list[ClipRecord]:
     """Read an annotation file.
 
     Args:
         path: The file.
         format: One of `FORMATS`, or `csv` for any table with a header.
         columns: For `csv`: which column holds what.
+        rejects: Takes the rows that cannot be used; without it the first one refuses the file.
 
     Raises:
         ValueError: Unknown format, or the file is missing or malformed.
     """
     if format == "csv":
-        return read_mapped(path, columns or Columns())
+        return read_mapped(path, columns or Columns(), rejects)
     if format not in FORMATS:
         raise ValueError(f"unknown annotation format {format!r}; one of csv, {', '.join(FORMATS)}")
-    return FORMATS[format](path)
+    return FORMATS[format](path, rejects)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from datamodules.annotations.rows import Rejects, records_of_rows
 from datamodules.manifest import ClipRecord
 
 
@@ -50,11 +51,15 @@ class RestrictedUnpickler(pickle.Unpickler):
         return _ADMITTED[module, name]
 
 
-def read_lavila(path: str | Path) -> list[ClipRecord]:
+def read_lavila(path: str | Path, rejects: Rejects | None = None) -> list[ClipRecord]:
     """Read `ego4d_train.pkl`, or the rephrased (rephraser) or generated (narrator) narrations.
 
     Each is a list of (video uid, start s, end s, text or texts[, likelihoods]). A clip's id is its
     row number; starts are clamped to 0; likelihoods and empty texts are left out.
+
+    Args:
+        path: The file.
+        rejects: Takes the rows that cannot be used; without it the first one refuses the file.
 
     Raises:
         ValueError: The file is missing, no such pickle, or holds what is not admitted.
@@ -69,19 +74,17 @@ def read_lavila(path: str | Path) -> list[ClipRecord]:
         raise ValueError(f"{path} cannot be read as a LaViLa pickle: {error}") from error
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path} holds no list of rows but {type(rows).__name__}")
-    return [_record(number, row, f"{path}, row {number}") for number, row in enumerate(rows)]
+    return records_of_rows(path, enumerate(rows, start=1), _record, rejects)
 
 
-def _record(number: int, row: Any, where: str) -> ClipRecord:
+def _record(number: int, row: Any) -> tuple[ClipRecord]:
     try:
         uid, start_s, end_s, texts = row[:4]
         texts = (texts,) if isinstance(texts, str) else tuple(texts)
         kept = tuple(text.strip() for text in texts if text.strip())
-        if not isinstance(uid, str) or not kept:
-            raise TypeError("no video id or no text")
-        start_s, end_s = max(0.0, float(start_s)), float(end_s)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{where}: {row!r:.200} is not (uid, start, end, texts): {error}"
-        ) from error
-    return ClipRecord(str(number), sys.intern(uid), start_s, end_s, kept)
+        start_s, end_s = float(start_s), float(end_s)
+        uid = sys.intern(uid)
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
+        raise ValueError(f"{row!r:.200} is not (uid, start, end, texts): {error}") from error
+    start_s = 0.0 if start_s < 0 else start_s  # max() would make 0 of what is not a number
+    return (ClipRecord(str(number - 1), uid, start_s, end_s, kept),)

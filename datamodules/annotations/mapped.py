@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from datamodules.annotations.rows import Rejects, records_of_rows
 from datamodules.annotations.table import iterate_table, parse_int_list, parse_seconds
 from datamodules.manifest import ClipRecord
 
@@ -49,31 +50,37 @@ class Columns:
         return cls(**given)
 
 
-def read_mapped(path: str | Path, columns: Columns) -> list[ClipRecord]:
+def read_mapped(
+    path: str | Path, columns: Columns, rejects: Rejects | None = None
+) -> list[ClipRecord]:
     """Read a comma-separated table (tab-separated if the name ends in .tsv).
+
+    Args:
+        path: The file.
+        columns: Which column holds what.
+        rejects: Takes the rows that cannot be used; without it the first one refuses the file.
 
     Raises:
         ValueError: The file is missing or malformed; the message names the row.
     """
     delimiter = "\t" if Path(path).suffix == ".tsv" else ","
-    named = [getattr(columns, field.name) for field in fields(columns)]
-    clips = []
-    table = iterate_table(path, [name for name in named if name], delimiter=delimiter)
-    for number, row in enumerate(table):
-        where = f"{path}, row {number + 1}"
+    named = [name for field in fields(columns) if (name := getattr(columns, field.name))]
 
-        def ids(column: str, row: dict[str, str] = row, where: str = where) -> tuple[int, ...]:
-            return parse_int_list(row[column], f"{where}, {column}") if column else ()
+    def make(number: int, row: dict[str, str]) -> tuple[ClipRecord]:
+        def ids(column: str) -> tuple[int, ...]:
+            return parse_int_list(row[column], column) if column else ()
 
-        clips.append(
+        return (
             ClipRecord(
-                clip_id=row[columns.clip_id] if columns.clip_id else str(number),
+                clip_id=row[columns.clip_id] if columns.clip_id else str(number - 1),
                 video_id=sys.intern(row[columns.video_id]),
-                start_s=parse_seconds(row[columns.start_s], f"{where}, {columns.start_s}"),
-                end_s=parse_seconds(row[columns.end_s], f"{where}, {columns.end_s}"),
+                start_s=parse_seconds(row[columns.start_s], columns.start_s),
+                end_s=parse_seconds(row[columns.end_s], columns.end_s),
                 texts=(row[columns.text],),
                 verb_classes=ids(columns.verb_classes),
                 noun_classes=ids(columns.noun_classes),
-            )
+            ),
         )
-    return clips
+
+    rows = iterate_table(path, named, delimiter=delimiter, rejects=rejects)
+    return records_of_rows(path, rows, make, rejects)

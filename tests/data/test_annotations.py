@@ -30,7 +30,7 @@ def test_egoclip(tmp_path):
         ClipRecord("1", "uid-b", 4.5, 5.5, ("#C C looks around",), (9,), ()),
     ]
     path.write_text(EGOCLIP.replace("[12]", "__import__('os')"))
-    with pytest.raises(ValueError, match=r"row 1, tag_noun.*not a list of integers"):
+    with pytest.raises(ValueError, match=r"row 1: tag_noun.*not a list of integers"):
         read_clips(path, "egoclip")
 
 
@@ -64,7 +64,7 @@ class Evil:
         (b"c_codecs\nencode\n(Vx\nVzlib\ntR.", "codec 'zlib'"),
         (b"cbuiltins\neval\n(V1+1\ntR.", "refers to builtins.eval"),
         (pickle.dumps({"a": 1}), "no list of rows but dict"),
-        (pickle.dumps([("uid", 1, 2, [])]), "row 0.*not \\(uid, start, end, texts\\)"),
+        (pickle.dumps([("uid", 1, 2, [])]), "row 1: its text is missing"),
         (b"garbage", "cannot be read"),
         (b"", "cannot be read"),
     ],

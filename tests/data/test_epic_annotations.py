@@ -59,7 +59,7 @@ def test_sentences_take_text_and_classes_from_the_named_clip_in_file_order(tmp_p
         ([], "no column 'narration_id'"),
         ([HEADER], "no rows"),
         ([HEADER.replace("verb_class", "verb_id"), clip_row("a")], "no column 'verb_class'"),
-        ([HEADER, clip_row("a", nouns="[8,")], "row 1, all_noun_classes.*not a list of integers"),
+        ([HEADER, clip_row("a", nouns="[8,")], "row 1: all_noun_classes.*not a list of integers"),
         ([HEADER, clip_row("a", nouns="__import__('os').getcwd()")], "not a list of integers"),
         ([HEADER, clip_row("a", nouns="['door']")], "not a list of integers"),
         ([HEADER, clip_row("a").replace("01:00:03.37", "3.37")], "stop_timestamp.*HH:MM:SS"),
