@@ -18,6 +18,7 @@ from lightning_modules.models import DualEncoder, ModelConfig
 from lightning_modules.models.towers import Towers
 from lightning_modules.training.optim.gradcache import encode_in_micro_batches
 from lightning_modules.training.optim.optimizers import OptimizerConfig, configure_optimizers
+from lightning_modules.training.run.private import attached_trainer
 
 
 def load_initial_weights(path: str, model: DualEncoder) -> None:
@@ -60,7 +61,8 @@ class TrainedModule(LightningModule):
     def configure_model(self) -> None:
         """Load the initial weights, once, unless the run resumes."""
         path, self.init_checkpoint = self.init_checkpoint, None
-        if path is None or (self._trainer is not None and self._trainer.ckpt_path is not None):
+        trainer = attached_trainer(self)
+        if path is None or (trainer is not None and trainer.ckpt_path is not None):
             return
         self.load(path)
 

@@ -39,7 +39,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "lightning_modules.models",
         "lightning_modules.training.run.checkpoint_store",
     ),
-    "lightning_modules.training.optim": ("lightning_modules.training.run.checkpoint_store",),
+    "lightning_modules.training.optim": (
+        "lightning_modules.training.run.checkpoint_store",
+        "lightning_modules.training.run.private",
+    ),
     "lightning_modules.training.run": (
         "lightning_modules.training.monitor.csv_log",
         "lightning_modules.training.optim",
@@ -78,6 +81,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "lightning_modules.metrics",
         "lightning_modules.checkpoints",
         "lightning_modules.training.optim",
+        "lightning_modules.training.run.private",
     ),
 }
 THIRD_PARTY = {

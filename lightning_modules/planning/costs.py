@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import st_rope
 from lightning_modules.models import DualEncoder, DualEncoderConfig, VideoClassifier
 from lightning_modules.models.config import resolve_config
 from lightning_modules.training.monitor.flops import pair_flops, video_flops
+from lightning_modules.training.run.private import fake_tensors, storage_identity
 
 GIB = 2**30
 _CONTEXT_BYTES = 1.0 * GIB  # CUDA context, libraries' workspaces
@@ -149,7 +149,7 @@ def saved_bytes(
         model = _build(config, num_classes, checkpointing).to(dtype)
     st_rope._cached_tables.cache_clear()  # neither real tables in here nor fake ones afterwards
     try:
-        with FakeTensorMode():
+        with fake_tensors():
             _give_fake_storage(model)
             size, frames = config.vision.image_size, config.vision.num_frames
             inputs = [torch.zeros(num_pairs, 3, frames, size, size, dtype=torch.uint8)]
@@ -163,11 +163,11 @@ def saved_bytes(
 
 def count_saved(model: nn.Module, *inputs: Tensor) -> int:
     """Bytes of the storages that a forward pass saves, the parameters' own left out."""
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    own = {storage_identity(p) for p in model.parameters()}
     kept: dict[int, Tensor] = {}  # holding the tensors keeps their storages' identities apart
 
     def pack(tensor: Tensor) -> Tensor:
-        identity = tensor.untyped_storage()._cdata
+        identity = storage_identity(tensor)
         if identity not in own:
             kept[identity] = tensor
         return tensor

@@ -26,6 +26,7 @@ from lightning_modules.training.monitor.csv_log import AppendingCSVLogger
 from lightning_modules.training.monitor.health import FiniteGuard
 from lightning_modules.training.monitor.throughput import ThroughputMonitor
 from lightning_modules.training.run.checkpointing import SafeCheckpoints
+from lightning_modules.training.run.private import option_names
 from lightning_modules.training.run.seeding import StepSeed
 from lightning_modules.training.run.watchdog import StallWatchdog
 
@@ -43,11 +44,7 @@ class RecipeParser(lightning_cli.LightningArgumentParser):
         ) or re.search(r"does not accept option '([\w.]+)'", message)
         if not found or "Did you mean" in message:  # jsonargparse's own
             return ""
-        keys = {
-            name
-            for action in self._actions
-            for name in (action.dest, action.dest.rsplit(".", 1)[-1])
-        }
+        keys = option_names(self)
         keys |= set(re.findall(r"\b[a-z]\w+\b", self._class_parameters(message)))
         near = difflib.get_close_matches(found[1], sorted(keys), n=1) or difflib.get_close_matches(
             found[1].rsplit(".", 1)[-1], sorted(keys), n=1

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_modules.training.run.checkpoint_store import FOLDER_KEY
+from lightning_modules.training.run.private import lerp_
 
 EMA_FILE = "ema.safetensors"
 
@@ -63,7 +64,7 @@ class WeightAverage(Callback):
             return
         self._step = trainer.global_step
         weights = [local_tensor(p).float() for _, p in _trainable(pl_module)]
-        torch._foreach_lerp_(list(self._averages.values()), weights, 1 - self.decay)
+        lerp_(list(self._averages.values()), weights, 1 - self.decay)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the average in the weights' place."""

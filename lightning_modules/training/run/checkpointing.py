@@ -22,17 +22,17 @@ from lightning_modules.training.run.checkpoint_store import (
     checkpoint_name,
     file_record,
 )
-from lightning_modules.training.run.loop_state import (
+from lightning_modules.training.run.private import (
+    dump_checkpoint,
     gradients_pending,
+    let_children_exit_nonzero,
+    log_last_step,
     mark_validation_pending,
+    norms,
+    silence_lightning_signals,
     validation_due,
 )
-from lightning_modules.training.run.signals import (
-    STOP,
-    RunStopped,
-    let_children_exit_nonzero,
-    silence_lightning_signals,
-)
+from lightning_modules.training.run.signals import STOP, RunStopped
 from lightning_modules.training.run.strategies import PlainCheckpointIO, ZeroStrategy
 
 log = logging.getLogger(__name__)
@@ -122,9 +122,7 @@ class SafeCheckpoints(Checkpoint):
         if stop or late or due:
             saved = self._save(trainer, pending=validation_due(trainer))
             if stop:
-                # what follows this hook in Lightning's loop and will not be reached
-                trainer._logger_connector.on_batch_end()
-                trainer._logger_connector.update_train_step_metrics()
+                log_last_step(trainer)
                 self._stop(trainer, saved)
 
     def on_validation_batch_end(
@@ -199,7 +197,7 @@ class SafeCheckpoints(Checkpoint):
             error = caught
         ranks.raise_together(error, f"making the folder of {name}")
         folder = self._folder.temporary(name)
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        checkpoint = dump_checkpoint(trainer)
         if pending:
             mark_validation_pending(checkpoint)
         records: list[FileRecord] = []
@@ -248,6 +246,6 @@ class SafeCheckpoints(Checkpoint):
             ValueError: Some weight on some rank is not finite.
         """
         weights = [local_tensor(p).detach() for p in module.parameters()]
-        norms = torch.stack([n.float() for n in torch._foreach_norm(weights)])
-        if self._ranks.maximum([int(not torch.isfinite(norms).all())])[0]:
+        sizes = torch.stack([norm.float() for norm in norms(weights)])
+        if self._ranks.maximum([int(not torch.isfinite(sizes).all())])[0]:
             raise ValueError("the weights are not finite")

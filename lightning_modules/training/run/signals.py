@@ -1,8 +1,7 @@
 """Stopping on a signal: handlers only set a flag, and all ranks agree on the step to stop at.
 
 SLURM sends SIGTERM at preemption, and what `--signal=SIGUSR1@SECONDS` names before a time limit.
-Lightning's own handlers save from inside the handler, each rank by itself, which dead-locks in
-the collectives of a sharded checkpoint; they are taken out (private attributes of this version).
+Lightning's own handlers are taken out (`private.silence_lightning_signals`).
 
 Imports nothing heavy: the command line installs the flag before it imports torch. A rank that
 died of a signal while it was still importing would leave its peers waiting at their rendezvous.
@@ -13,10 +12,7 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+from typing import Any
 
 EXIT_REQUEUE = 85
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -55,16 +51,3 @@ class StopFlag:
 
 
 STOP = StopFlag()  # the process's: signals have no other owner
-
-
-def silence_lightning_signals(trainer: Trainer) -> None:
-    """Keep Lightning from handling signals: no handlers, and no broadcast of them every batch."""
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-
-
-def let_children_exit_nonzero() -> None:
-    """Keep Lightning's launcher from killing this process because another rank has left with 85."""
-    for thread in threading.enumerate():
-        if thread.name == "child-process-observer":
-            thread._child_processes = []  # type: ignore[attr-defined]

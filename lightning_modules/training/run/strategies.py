@@ -18,6 +18,11 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
 
 from lightning_modules.training.run.agreement import Ranks, run_ranks
 from lightning_modules.training.run.checkpoint_store import FOLDER_KEY, STATE, UNIVERSAL, Manifest
+from lightning_modules.training.run.private import (
+    load_universal,
+    loads_universal,
+    write_no_recovery_script,
+)
 from lightning_modules.training.run.resume import resolve_checkpoint
 
 log = logging.getLogger(__name__)
@@ -117,7 +122,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         engine = self.deepspeed_engine
         guard = _WriteGuard(engine.checkpoint_engine)
         engine.checkpoint_engine = guard
-        engine._copy_recovery_script = lambda save_path: None  # a script beside the state
+        write_no_recovery_script(engine)
         client = {
             k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")
         }
@@ -166,8 +171,8 @@ class ZeroStrategy(DeepSpeedStrategy):
             load_lr_scheduler_states=False,
             load_module_strict=self.lightning_module.strict_loading,
         )
-        if self.deepspeed_engine._config.load_universal_checkpoint:
-            self.deepspeed_engine._config.load_universal_checkpoint = False  # for the next save
+        if loads_universal(self.deepspeed_engine):
+            load_universal(self.deepspeed_engine, False)  # for the next save
             if self.stage == 3:
                 _part_universal_groups(self.deepspeed_engine.optimizer.optimizer, groups)
         return {**client_state, FOLDER_KEY: str(folder)}
@@ -183,7 +188,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             except Exception as caught:
                 error = caught
         ranks.raise_together(error, f"converting {folder} for {self.world_size} ranks")
-        self.deepspeed_engine._config.load_universal_checkpoint = True
+        load_universal(self.deepspeed_engine, True)
         return target
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_modules.training.run.private import default_store
+
 EXIT_STALLED = 70
 
 
@@ -115,8 +117,7 @@ class _Board:
         self.store: Any = None
         if dist.is_available() and dist.is_initialized():
             # a connection of its own: the main thread may hold the other one for ever
-            default: Any = dist.distributed_c10d._get_default_store()
-            self.store = default.clone()
+            self.store = default_store().clone()
 
     def _key(self, rank: int) -> str:
         return f"eva02_at/progress/{rank}"
