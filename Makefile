@@ -1,6 +1,8 @@
 # `make demo` and `make test` set themselves up; the environment is .venv unless VENV says otherwise.
+# LOCK=requirements-xformers.lock: the combination in which xformers runs on a GPU (docs/kernels.md).
 VENV ?= .venv
 PYTHON ?= python3
+LOCK ?= requirements.lock
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -19,12 +21,12 @@ lint: $(READY)
 	$(BIN)/mypy
 
 # Every version comes from the lock file. torch goes first: with it in place nothing pulls another.
-$(READY): pyproject.toml requirements.lock
+$(READY): pyproject.toml $(LOCK)
 	@echo "setting up $(VENV) (a minute or two)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -qq --upgrade pip
-	$(BIN)/pip install -qq --constraint requirements.lock torch
-	$(BIN)/pip install -qq --constraint requirements.lock --editable '.[dev]'
+	$(BIN)/pip install -qq --constraint $(LOCK) torch
+	$(BIN)/pip install -qq --constraint $(LOCK) --editable '.[dev]'
 	touch $@
 
 clean:

@@ -7,7 +7,9 @@ Shape legend: B clips, S tokens (the CLS first), H heads, D head dim; q, k, v ar
 | reference | the equation, in float32 | the equation, in float32 |
 | sdpa | in place: in C on the CPU, else complex products | torch's scaled_dot_product_attention |
 | xformers | fused where Triton runs, else as sdpa | xformers' best operator |
-| triton | fused | xformers where it dispatches to FlashAttention 3, else torch's |
+| triton | fused | torch's scaled_dot_product_attention |
+
+torch's is FlashAttention 3 or 4 where one is installed (`kernels.flash`).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import c_rotation, xformers_door
+from kernels import c_rotation, flash, xformers_door
 from kernels.operators import fused_status
 from kernels.rotation import rotate, split_rotated
 from kernels.st_rope import StRopeTables, check_tables, rotate_reference
@@ -62,21 +64,23 @@ def available_backends(
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    fused, fused_reason = fused_status(device.type)
-    xformers = xformers_door.status(device, dtype, head_dim)
-    library = "xformers" if xformers_door.prefers_flash3(device, dtype, head_dim) else "torch"
+    return {name: _status(name, torch.device(device), dtype, head_dim) for name in BACKENDS}
+
+
+def _status(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> BackendStatus:
+    """One backend's: asking for one imports nothing of another's."""
+    if backend == "reference":
+        return BackendStatus(True, "the equations in plain PyTorch, float32, every device")
+    if backend == "xformers":
+        return BackendStatus(*xformers_door.status(device, dtype, head_dim))
+    library = f"torch {torch.__version__} scaled_dot_product_attention"
+    newer = flash.choice(device, dtype)
+    library += f" by {newer}" if newer else ""
+    if backend == "triton":
+        fused, reason = fused_status(device.type)
+        return BackendStatus(fused, f"{reason}; {library}" if fused else reason)
     unfused = c_rotation.reason(dtype) if device.type == "cpu" else "rotation by complex products"
-    return {
-        "reference": BackendStatus(True, "the equations in plain PyTorch, float32, every device"),
-        "sdpa": BackendStatus(
-            True, f"torch {torch.__version__} scaled_dot_product_attention; {unfused}"
-        ),
-        "xformers": BackendStatus(*xformers),
-        "triton": BackendStatus(
-            fused, f"{fused_reason}; {library} attention" if fused else fused_reason
-        ),
-    }
+    return BackendStatus(True, f"{library}; {unfused}")
 
 
 def resolve_backend(
@@ -98,24 +102,31 @@ def resolve_backend(
 
 
 # Cached: it is asked in every block of every step. The deterministic mode is part of the key
-# because `available_backends` reads it.
+# because xformers' dispatcher reads it.
 @lru_cache(maxsize=64)
 def _resolve(
     backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool
 ) -> str:
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"attention backend {backend!r}; one of: auto, {', '.join(BACKENDS)}")
-    statuses = available_backends(device, dtype, head_dim)
     name = backend
+    unfused = None  # why "auto" leaves a GPU without the fused kernels
     if backend == "auto":
-        name = "triton" if device.type == "cuda" and statuses["triton"].available else "sdpa"
-    if not statuses[name].available:
+        fused, reason = fused_status(device.type)
+        unfused = reason if device.type == "cuda" and not fused else None
+        name = "triton" if device.type == "cuda" and fused else "sdpa"
+    status = _status(name, device, dtype, head_dim)
+    if not status.available:
         raise ValueError(
             f"attention backend {name!r} cannot run on {device} with {dtype}: "
-            f"{statuses[name].reason}. Use backend 'auto' or 'sdpa'."
+            f"{status.reason}. Use backend 'auto' or 'sdpa'."
         )
+    if name in ("sdpa", "triton"):
+        flash.activate(device, dtype, head_dim)
     asked = " (auto)" if backend == "auto" else ""
-    _log.info("attention on %s, %s: %s%s: %s", device, dtype, name, asked, statuses[name].reason)
+    _log.info("attention on %s, %s: %s%s: %s", device, dtype, name, asked, status.reason)
+    if unfused:
+        _log.warning("no fused kernels on %s: %s. Slower operations run.", device, unfused)
     return name
 
 
@@ -127,8 +138,7 @@ def _plan(
     if name == "xformers":
         return "xformers", fused_status(device.type)[0]
     if name == "triton":
-        flash3 = xformers_door.prefers_flash3(device, dtype, head_dim)
-        return ("xformers" if flash3 else "sdpa"), True
+        return "sdpa", True
     return name, False
 
 

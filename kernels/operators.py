@@ -15,10 +15,18 @@ def fused_status(device_type: str) -> tuple[bool, str]:
     if importlib.util.find_spec("triton") is None:
         return False, "Triton is not installed; CUDA builds of PyTorch bring it"
     if device_type == "cuda":
-        return True, "fused Triton kernels"
+        from kernels.trial import triton_problem  # which runs a kernel, and so imports this module
+
+        problem = triton_problem(device_type)
+        return problem is None, problem or "fused Triton kernels"
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return True, "fused Triton kernels in Triton's interpreter (TRITON_INTERPRET=1): for tests"
     return False, f"Triton kernels run on CUDA only, not on {device_type}"
+
+
+# For torch.compile the answer is a constant, found while tracing. This is all that
+# torch.compiler.assume_constant_result does, but that imports the compiler: 3 s for every process.
+fused_status._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def operator(name: str, schema: str) -> Callable[[Callable], Any]:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
+from python_process import run_python
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import (
@@ -201,15 +196,6 @@ def test_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
-def run_python(code: str, **environment: str) -> str:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=env
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
 def test_xformers_is_not_even_imported_on_cpu() -> None:
     out = run_python(
         """
@@ -222,43 +208,3 @@ def test_xformers_is_not_even_imported_on_cpu() -> None:
         """
     )
     assert out == ""
-
-
-def test_xformers_dispatch_without_a_gpu() -> None:
-    """xformers' own dispatcher on fake CUDA tensors of pretended devices.
-
-    No numerics: which operators it picks for such inputs as ours, why it refuses others, and that
-    its notice about C++ extensions stays unseen.
-    """
-    out = run_python(
-        """
-        import sys
-        from unittest.mock import patch
-        import torch
-        from torch._subclasses import FakeTensorMode
-        torch.backends.cuda.is_flash_attention_available = lambda: True
-        torch.version.cuda = "13.0"
-        from kernels import xformers_door as door
-        door._ops().fmha.common._built_with_cuda = True
-        bf16, cuda = torch.bfloat16, torch.device("cuda")
-        def status(capability, dtype):
-            with FakeTensorMode(), patch("torch.cuda.get_device_capability", lambda *_: capability):
-                print(*capability, dtype, *door.status(cuda, dtype, 64))
-                assert not door.prefers_flash3(cuda, dtype, 64)
-        status((8, 0), torch.float32)
-        status((9, 0), bf16)
-        status((7, 5), bf16)
-        status((9, 0), torch.float64)
-        torch.use_deterministic_algorithms(True)
-        status((9, 0), bf16)
-        status((10, 0), bf16)
-        """
-    )
-    lines = out.splitlines()
-    assert len(lines) == 6, out
-    assert re.match(r"8 0 torch.float32 True xformers \S+: cutlassF-pt and cutlassB-pt$", lines[0])
-    assert re.match(r"9 0 torch.bfloat16 True xformers \S+: fa2F\S+ and fa2B\S+$", lines[1])
-    assert re.match(r"7 5 torch.bfloat16 False .*requires device with capability", lines[2])
-    assert re.match(r"9 0 torch.float64 False .*not torch.float64", lines[3])
-    assert re.match(r"9 0 torch.bfloat16 True xformers \S+: fa2F\S+ and cutlassB-pt$", lines[4])
-    assert re.match(r"10 0 torch.bfloat16 False .*fa2B\S+: operator is non-deterministic", lines[5])
