@@ -99,6 +99,13 @@ SECTIONS: dict[str, tuple[Section, ...]] = {
             ("policy",),
         ),
         Section(
+            "progress",
+            "--progress.",
+            ("lightning_modules/training/monitor/progress.py",),
+            ("RunProgress",),
+            ("every_s",),
+        ),
+        Section(
             "runs that hang",
             "--watchdog.",
             ("lightning_modules/training/run/watchdog.py",),

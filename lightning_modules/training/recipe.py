@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_modules.training.monitor.csv_log import AppendingCSVLogger
 from lightning_modules.training.monitor.health import FiniteGuard
+from lightning_modules.training.monitor.progress import RunProgress
 from lightning_modules.training.monitor.throughput import ThroughputMonitor
 from lightning_modules.training.run.checkpointing import SafeCheckpoints
 from lightning_modules.training.run.private import option_names
@@ -87,6 +88,7 @@ RUN_CALLBACKS = {
     "watchdog": StallWatchdog,
     "random": StepSeed,
     "throughput": ThroughputMonitor,
+    "progress": RunProgress,
 }
 
 
@@ -96,6 +98,7 @@ TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
+    "enable_progress_bar": False,  # RunProgress has its place
     "log_every_n_steps": 10,
 }
 
@@ -192,4 +195,4 @@ def build_cli(words: list[str]) -> RecipeCLI:
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:
-    return "Tip:" not in record.getMessage()
+    return "Tip:" not in record.getMessage() and "TPU available" not in record.getMessage()

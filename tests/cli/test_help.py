@@ -70,6 +70,7 @@ def test_every_key_in_the_help_is_one_the_parser_takes():
         "data": (StreamDataModule, PretrainDataModule, RetrievalDataModule),
         "checkpoints": (RUN_CALLBACKS["checkpoints"],),
         "losses that are not finite": (RUN_CALLBACKS["finite"],),
+        "progress": (RUN_CALLBACKS["progress"],),
         "runs that hang": (RUN_CALLBACKS["watchdog"],),
     }
     sections = [section for group in recipe_help.SECTIONS.values() for section in group]
