@@ -1,4 +1,4 @@
-"""What a run says of itself: lines in a file, one line on a terminal, nothing where it is told so."""
+"""What a run says of itself: lines in a file, one line on a terminal, silence on request."""
 
 from __future__ import annotations
 
