@@ -29,7 +29,8 @@ def main(argv: list[str]) -> int:
             print(topic_help(word.removeprefix("--help.")))
             return 0
     words = ["--help" if word == "--help.all" else word for word in words]
-    from lightning_modules.training.recipe import build_cli, shorten
+    from lightning_modules.training.messages import shorten
+    from lightning_modules.training.recipe import build_cli
     from lightning_modules.training.verbs import run_verb
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

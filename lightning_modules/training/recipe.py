@@ -22,6 +22,7 @@ from jsonargparse import ActionConfigFile
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lightning_modules.training.messages import shorten
 from lightning_modules.training.monitor.csv_log import AppendingCSVLogger
 from lightning_modules.training.monitor.health import FiniteGuard
 from lightning_modules.training.monitor.progress import RunProgress
@@ -71,14 +72,6 @@ class RecipeParser(lightning_cli.LightningArgumentParser):
             if dataclasses.is_dataclass(hint):
                 names |= {field.name for field in dataclasses.fields(hint)}
         return " ".join(names)
-
-
-def shorten(message: str) -> str:
-    """Keep the cause out of jsonargparse's nested report of a union's every branch."""
-    lines = [line.strip(" -") for line in message.splitlines()]
-    noise = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given")
-    kept = [line for line in lines if line and not line.startswith(noise)]
-    return " ".join(kept)
 
 
 # Sections of a recipe beside `model`, `data` and `trainer`; each is a callback of every run.
