@@ -44,7 +44,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, explicit: bool, causal: bool = Fa
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if causal:
-        future = torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype).triu_(1)
+        future = torch.full_like(scores[0, 0], -torch.inf).triu_(1)
         scores = scores + future
     return scores.softmax(dim=-1) @ v
 
@@ -90,7 +90,8 @@ def block(
 
 def encode_video(tower: VideoEncoder, video: Tensor, *, explicit: bool, recompute: bool) -> Tensor:
     """Normalise a float copy, convolve, and recompute every block in the backward pass."""
-    mean, std = (torch.tensor(v).view(3, 1, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    mean, std = (video.new_tensor(v, dtype=torch.float32) for v in (CLIP_MEAN, CLIP_STD))
+    mean, std = (v.view(3, 1, 1, 1) for v in (mean, std))
     normalised = (video.float() / 255.0 - mean) / std
     patch = tower.patch_embed
     size = (1, patch.patch_size, patch.patch_size)
@@ -113,7 +114,7 @@ def encode_text(model: DualEncoder, tokens: Tensor, *, explicit: bool, recompute
     x = tower.token_embedding(tokens) + tower.positional_embedding
     for module in tower.blocks:
         x = _run(module, x, None, explicit, True, recompute)
-    pooled = tower.norm(x)[torch.arange(x.shape[0]), tokens.argmax(dim=-1)]
+    pooled = tower.norm(x)[torch.arange(x.shape[0], device=x.device), tokens.argmax(dim=-1)]
     return tower.head(pooled)
 
 

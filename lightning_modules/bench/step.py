@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -17,11 +18,15 @@ from lightning_modules.bench.timing import (
     add_output_argument,
     chosen_clock,
     compare,
+    device_name,
     report,
 )
-from lightning_modules.models import PRESETS, DualEncoder
+from lightning_modules.models import PRESETS, DualEncoder, DualEncoderConfig
+from lightning_modules.training.monitor.flops import pair_flops, peak_tflops
 
 TEMPERATURE = 0.05
+# As our data path pads: to a multiple of 16 above the longest narration. AVION pads to 77.
+SHORT_TEXT = 32
 Forward = Callable[[DualEncoder, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -29,19 +34,35 @@ def main(argv: list[str]) -> int:
     """Run the bench.
 
     Args:
-        argv: --depth N (blocks of either tower), --batch B, --frames T, --rounds R, --compile,
-            --cpu-time, --json FILE.
+        argv: --preset NAME, --depth N (blocks of either tower; 0: all), --batch B, --frames T,
+            --rounds R, --variants NAME ..., --dtype NAME, --cpu-time, --json FILE.
     """
     parser = argparse.ArgumentParser(prog="eva02-at bench step", description=__doc__)
-    parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--preset", choices=PRESETS, default="eva02_at_base_16")
+    parser.add_argument("--depth", type=int, default=2, help="blocks of either tower; 0: all")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--frames", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="add a row with compiled blocks")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=["softmax", "sdpa", "kept", "ours"],
+        help="ways of running the step; graphs: CUDA graphs (%(default)s)",
+    )
+    on_cuda = torch.cuda.is_available()
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bf16-mixed"],
+        default="bf16-mixed" if on_cuda else "float32",
+        help="bf16-mixed: under autocast, as the recipes (%(default)s)",
+    )
     add_clock_argument(parser)
     add_output_argument(parser)
     args = parser.parse_args(argv)
-    rows = _step(args, chosen_clock(args))
+    if "graphs" in args.variants and not on_cuda:
+        raise ValueError("the variant `graphs` needs a CUDA device; leave it out")
+    rows = step_rows(args, device_name(), chosen_clock(args))
     report(rows, args.json)
     return 0
 
@@ -68,58 +89,123 @@ def _loss(video: Tensor, text: Tensor) -> Tensor:
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
 
 
-class _Step:
-    """One optimiser step of a model of its own; all start from the same seed."""
+class Step:
+    """One optimiser step of a model of its own; all start from the same seed.
 
-    def __init__(self, forward: Forward, depth: int, frames: int, *, fused: bool) -> None:
+    Args:
+        variant: A name in `VARIANTS`.
+        config: The model's.
+        device: Where it runs.
+        mixed: Under autocast to bf16.
+    """
+
+    def __init__(self, variant: str, config: DualEncoderConfig, device: str, mixed: bool) -> None:
         torch.manual_seed(0)
-        preset = PRESETS["eva02_at_base_16"]
+        self.ours, self.forward = variant in _OURS, VARIANTS[variant][1]
         config = replace(
-            preset,
-            embed_dim=256,
-            vision=replace(preset.vision, depth=depth, num_frames=frames),
-            text=replace(preset.text, depth=depth),
+            config,
+            activation_checkpointing=variant == "recomputed",
+            compile_blocks=variant == "compiled",
         )
-        self.model = DualEncoder(config).train()
-        self.forward = forward
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-5, fused=fused or None)
-        self.losses: list[float] = []
+        with torch.device(device):
+            self.model = DualEncoder(config).train()
+        fused, graphs = self.ours or None, variant == "graphs"
+        parameters = self.model.parameters()
+        self.optimizer = torch.optim.AdamW(parameters, lr=3e-5, fused=fused, capturable=graphs)
+        self.autocast = torch.autocast(device, torch.bfloat16) if mixed else nullcontext()
+        self.losses: list[Tensor] = []
+        self._captured: Callable[[], Tensor] | None = None
+
+    def loss(self, video: Tensor, tokens: Tensor) -> Tensor:
+        """The forward pass."""
+        with self.autocast:
+            embeddings = self.forward(self.model, video, tokens)
+        return _loss(*(x.float() for x in embeddings))
 
     def __call__(self, video: Tensor, tokens: Tensor) -> None:
-        loss = _loss(*self.forward(self.model, video, tokens))
-        loss.backward()
-        self.optimizer.step()
+        """The whole step; its loss stays on the device."""
+        if self._captured is None:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = self.loss(video, tokens)
+            loss.backward()
+            self.optimizer.step()
+            self.losses.append(loss.detach())
+        else:
+            self.losses.append(self._captured().clone())
+
+    def capture(self, video: Tensor, tokens: Tensor) -> None:
+        """Record the step as one CUDA graph; the tensors given are those of every later step."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # lets libraries and Triton do what may not happen while recording
+                self(video, tokens)
+        torch.cuda.current_stream().wait_stream(side)
         self.optimizer.zero_grad(set_to_none=True)
-        self.losses.append(loss.item())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = self.loss(video, tokens)
+            loss.backward()
+            self.optimizer.step()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return loss.detach()
+
+        self._captured = replay
 
 
-def _step(args: argparse.Namespace, clock: Callable[[], float]) -> list[Row]:
-    depth, batch, frames = args.depth, args.batch, args.frames
-    generator = torch.Generator().manual_seed(0)
-    video = torch.randint(0, 256, (batch, 3, frames, 224, 224), generator=generator)
-    video = video.to(torch.uint8)
-    tokens = torch.randint(1, 49406, (batch, 77), generator=generator)
-    tokens[:, 20] = 49407
-    # As our data path pads: to a multiple of 16 above the longest narration.
-    short = tokens[:, :32].contiguous()
-    steps = {
-        "AVION-style, softmax": _Step(_field(explicit=True), depth, frames, fused=False),
-        "AVION-style, SDPA": _Step(_field(explicit=False), depth, frames, fused=False),
-        "SDPA, no recomputation": _Step(_field(False, recompute=False), depth, frames, fused=False),
-        "this project": _Step(_ours, depth, frames, fused=True),
-    }
-    if args.compile:
-        step = steps["this project, compiled"] = _Step(_ours, depth, frames, fused=True)
-        for block in (*step.model.visual.blocks, *step.model.text.blocks):
-            block.compile()
-    ours = [name for name in steps if name.startswith("this project")]
-    cases = {
-        name: (lambda step=step, words=short if name in ours else tokens: step(video, words))
-        for name, step in steps.items()
-    }
-    title = f"step, depth {depth}, {batch} x {frames} frames"
-    rows = compare(title, cases, rounds=args.rounds, memory=True, clock=clock)
+VARIANTS: dict[str, tuple[str, Forward]] = {
+    "softmax": ("AVION-style, softmax", _field(explicit=True)),
+    "sdpa": ("AVION-style, SDPA", _field(explicit=False)),
+    "kept": ("SDPA, no recomputation", _field(False, recompute=False)),
+    "ours": ("this project", _ours),
+    "recomputed": ("this project, recomputed", _ours),
+    "compiled": ("this project, compiled", _ours),
+    "graphs": ("this project, CUDA graph", _ours),
+}
+_OURS = ("ours", "recomputed", "compiled", "graphs")
+
+
+def step_rows(args: argparse.Namespace, device: str, clock: Callable[[], float]) -> list[Row]:
+    """Time the variants in turns."""
+    preset = PRESETS[args.preset]
+    config = replace(
+        preset,
+        embed_dim=256,
+        vision=replace(
+            preset.vision, depth=args.depth or preset.vision.depth, num_frames=args.frames
+        ),
+        text=replace(preset.text, depth=args.depth or preset.text.depth),
+    )
+    video, tokens = make_batch(config, args.batch, device)
+    short = tokens[:, :SHORT_TEXT].contiguous()
+    steps, cases = {}, {}
+    for variant in args.variants:
+        name = VARIANTS[variant][0]
+        step = steps[name] = Step(variant, config, device, args.dtype == "bf16-mixed")
+        words = short if step.ours else tokens
+        if variant == "graphs":
+            step.capture(video, words)
+        cases[name] = lambda step=step, words=words: step(video, words)
+    title = f"{args.preset}, depth {config.vision.depth}, {args.batch} x {args.frames} frames"
+    rows = compare(f"{title}, {args.dtype}", cases, rounds=args.rounds, memory=True, clock=clock)
+    peak = peak_tflops(torch.cuda.get_device_name()) if device == "cuda" else None
     for row in rows:
         losses = steps[row.name].losses
-        row.notes["loss"] = f"{losses[0]:.5f} -> {losses[args.rounds]:.5f}"
+        rate = args.batch / row.median_s
+        row.notes["pairs/s"] = round(rate, 1)
+        if peak:
+            row.notes["mfu"] = round(3 * pair_flops(config, SHORT_TEXT) * rate / (peak * 1e12), 3)
+        row.notes["loss"] = f"{losses[0].item():.5f} -> {losses[args.rounds].item():.5f}"
     return rows
+
+
+def make_batch(config: DualEncoderConfig, batch: int, device: str) -> tuple[Tensor, Tensor]:
+    """Clips (B, 3, T, H, W) uint8 and sentences (B, 77) whose end stands at place 20."""
+    generator = torch.Generator().manual_seed(0)
+    size, frames = config.vision.image_size, config.vision.num_frames
+    video = torch.randint(0, 256, (batch, 3, frames, size, size), generator=generator)
+    tokens = torch.randint(1, 49406, (batch, config.text.context_length), generator=generator)
+    tokens[:, 20] = 49407
+    return video.to(device, torch.uint8), tokens.to(device)

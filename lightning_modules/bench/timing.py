@@ -164,6 +164,11 @@ def _status_bytes(key: str) -> int:
     return 0
 
 
+def device_name() -> str:
+    """Return the device that a bench runs on: "cuda" where there is one, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def machine() -> dict[str, object]:
     """Describe what a figure was measured on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
