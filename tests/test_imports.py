@@ -31,6 +31,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "datamodules.video",
     ),
     "datamodules": ("datamodules",),
+    "lightning_modules.packaged": (),
     "lightning_modules.models": ("kernels",),
     "lightning_modules.losses": (),
     "lightning_modules.metrics": (),
@@ -51,7 +52,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "lightning_modules.models",
         "lightning_modules.training.run",
     ),
-    "lightning_modules.training": ("datamodules", "lightning_modules.training"),
+    "lightning_modules.training": (
+        "datamodules",
+        "lightning_modules.packaged",
+        "lightning_modules.training",
+    ),
     "lightning_modules.evaluation": (
         "datamodules",
         "lightning_modules.losses.gather",
@@ -63,7 +68,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "lightning_modules.models",
         "lightning_modules.checkpoints",
     ),
-    "lightning_modules.sweep": ("datamodules.files", "lightning_modules.checkpoints"),
+    "lightning_modules.sweep": (
+        "datamodules.files",
+        "lightning_modules.checkpoints",
+        "lightning_modules.packaged",
+    ),
     "lightning_modules.planning": (
         "kernels",
         "lightning_modules.models",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from pathlib import Path
 
 from lightning_modules.training.run.signals import STOP
 
@@ -27,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "embed": ("lightning_modules.cli.embed", "embeddings of one's own videos"),
     "sweep": ("lightning_modules.cli.sweep", "checkpoints x benchmarks, then one table"),
     "search": ("lightning_modules.cli.search", "find the moments of one's videos by a text"),
+    "recipes": ("lightning_modules.cli.recipes", "list, show or copy the packaged recipes"),
     "submit": ("lightning_modules.cli.submit", "check a recipe's SLURM job, then queue it"),
     "plan": ("lightning_modules.cli.plan", "memory, time and cost of a recipe on a cluster"),
     "demo": ("lightning_modules.cli.demo", "the whole mission in small, on videos made here"),
@@ -43,15 +46,21 @@ def _usage() -> str:
 
 
 def _refuse_foreign_kernels() -> None:
-    """PyPI's unrelated distribution `kernels` would shadow our package of that name."""
-    try:
-        found = metadata.distribution("kernels")
-    except metadata.PackageNotFoundError:
+    """PyPI's distribution `kernels` (Hugging Face's) may have taken our package of that name.
+
+    It may also be installed and harmless: behind ours on the path, or overwritten by it. Only
+    what `import kernels` finds counts, and it is read, not run.
+    """
+    found = importlib.util.find_spec("kernels")
+    origin = Path(found.origin) if found is not None and found.origin else None
+    if origin is not None and "EVA02-AT" in origin.read_text().partition("\n")[0]:
         return
     raise ValueError(
-        f"the distribution `kernels` {found.version} is installed; it is unrelated to this project "
-        "and shadows the import package `kernels`. Mend: `pip uninstall kernels`, or use an "
-        "environment of its own (`make demo` creates one)."
+        f"`import kernels` finds {origin or 'nothing'}, not this project's package: another "
+        "distribution of that name (Hugging Face's `kernels`, say) shadows it or has overwritten "
+        "it. Use an environment without it; or `pip uninstall kernels` and then, since pip takes "
+        "shared files away with it, `pip install --force-reinstall --no-deps` what you installed "
+        "this project from."
     )
 
 

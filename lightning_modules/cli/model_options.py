@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from lightning_modules.packaged import find_recipe
 
 if TYPE_CHECKING:
     from lightning_modules.checkpoints.conversion import LoadedModel
@@ -16,8 +17,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--config",
         metavar="FILE",
-        help="the model's description: a run's config.yaml, a recipe, or a converted model's "
-        "JSON; by default what lies beside the checkpoint, else what its shapes tell",
+        help="the model's description: a run's config.yaml, a recipe (or its packaged name), or "
+        "a converted model's JSON; by default what lies beside the checkpoint, else what its "
+        "shapes tell",
     )
     group.add_argument(
         "--set",
@@ -43,7 +45,7 @@ def load_from_options(options: argparse.Namespace, path: str) -> LoadedModel:
 
     return load_model(
         path,
-        config=options.config,
+        config=find_recipe(options.config) if options.config else None,
         settings=options.settings,
         average=options.average,
         drop_time_attention=options.drop_time_attention,
@@ -52,7 +54,7 @@ def load_from_options(options: argparse.Namespace, path: str) -> LoadedModel:
 
 def model_words(options: argparse.Namespace) -> list[str]:
     """The same options as words, for a command that another one starts."""
-    words = ["--config", str(Path(options.config).resolve())] if options.config else []
+    words = ["--config", str(find_recipe(options.config).resolve())] if options.config else []
     words += [f"--set={setting}" for setting in options.settings]
     words += ["--average"] if options.average else []
     return words + (["--drop-time-attention"] if options.drop_time_attention else [])

@@ -10,6 +10,7 @@ import jsonargparse
 import torch
 
 from datamodules.files import write_atomically
+from lightning_modules.packaged import with_recipe_paths
 from lightning_modules.planning.costs import ClusterConfig
 from lightning_modules.planning.plan import describe, make_plan
 from lightning_modules.training.recipe import build_cli
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
         The exit code: 0, also where nothing fits (the table says so).
     """
     parser = _parser()
-    known = [word for word in argv if not _is_recipe_word(word)]
+    known = with_recipe_paths([word for word in argv if not _is_recipe_word(word)])
     try:
         given = parser.parse_args(known)
     except SystemExit as stop:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from lightning_modules.packaged import folder
 from lightning_modules.training.recipe import RecipeCLI, build_cli
 from lightning_modules.training.run.checkpoint_store import CheckpointFolder
 
@@ -31,11 +32,19 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--gpus-per-node", type=int, default=8, help="0: one CPU rank a node")
     parser.add_argument("--cpus-per-gpu", type=int, help="default: the recipe's loader workers + 1")
     parser.add_argument("--time", default="24:00:00", help="limit; the run goes on after it")
-    parser.add_argument("--script", default="slurm/train.sbatch")
-    parser.add_argument("--env", default="slurm/env.sh", help="what a node needs before it starts")
+    scripts = _here_if_possible(folder("slurm"))
+    parser.add_argument("--script", default=f"{scripts}/train.sbatch")
+    parser.add_argument(
+        "--env", default=f"{scripts}/env.sh", help="what a node needs before it starts"
+    )
     parser.add_argument("--sbatch", default="", help='more options: "--partition=gpu --account=me"')
     parser.add_argument("--dry-run", action="store_true", help="check and print, queue nothing")
     return parser
+
+
+def _here_if_possible(path: Path) -> Path:
+    """The path as seen from this folder, where it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def check_job(given: Namespace, cli: RecipeCLI) -> list[str]:
@@ -50,7 +59,9 @@ def check_job(given: Namespace, cli: RecipeCLI) -> list[str]:
         raise ValueError(f"--time {given.time!r} is not MINUTES, HH:MM:SS or D-HH:MM:SS")
     for file in (given.script, given.env):
         if not Path(file).is_file():
-            raise ValueError(f"{file} does not exist; submit from the repository's root")
+            raise ValueError(
+                f"{file} does not exist; `eva02-at recipes copy slurm/env.sh` makes one"
+            )
     ranks = given.nodes * max(1, given.gpus_per_node)
     parts = ranks * cli.trainer.accumulate_grad_batches
     batch = cli.datamodule.global_batch_size
@@ -134,7 +145,7 @@ def main(argv: list[str]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     if not any(word.startswith("--config") for word in words):
-        raise ValueError("name a recipe: --config configs/NAME.yaml")
+        raise ValueError("name a recipe: --config NAME (`eva02-at recipes` lists them)")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with torch.device("meta"):
@@ -150,8 +161,9 @@ def main(argv: list[str]) -> int:
     if shutil.which("sbatch") is None:
         raise ValueError("there is no `sbatch` here; submit from a login node of the cluster")
     Path(cli.config.run_dir).mkdir(parents=True, exist_ok=True)
+    environment = {"EVA02_AT_ENV": given.env, "EVA02_AT_SLURM": str(folder("slurm"))}
     done = subprocess.run(
-        command, env={**os.environ, "EVA02_AT_ENV": given.env}, capture_output=True, text=True
+        command, env={**os.environ, **environment}, capture_output=True, text=True
     )
     if done.returncode:
         raise ValueError(f"sbatch refused the job: {done.stderr.strip()}")

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     """
     verb, words = argv[0], argv[1:]
     if not words:
-        raise ValueError(f"`eva02-at {verb}` needs a recipe: --config configs/NAME.yaml")
+        raise ValueError(f"`eva02-at {verb}` needs a recipe: --config NAME; see `eva02-at recipes`")
     for word in words:
         if word in ("-h", "--help"):
             print(short_help(verb))

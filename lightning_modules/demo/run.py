@@ -27,9 +27,10 @@ from lightning_modules.demo.probe import Probe
 from lightning_modules.demo.report import DemoResults, gallery_rows, write_report
 from lightning_modules.demo.world import WorldOptions, build_world
 from lightning_modules.metrics.functional import multi_instance_map, multi_instance_ndcg
+from lightning_modules.packaged import folder
 from lightning_modules.training.recipe import build_cli
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "demo"
+CONFIGS = folder("configs") / "demo"
 VERSIONED = ("torch", "lightning", "webdataset", "decord", "torchmetrics", "deepspeed", "xformers")
 
 
@@ -157,7 +158,7 @@ class Demo:
             },
             "data": self._data(len(tuned.sentences)),
             "model": tuned.model_facts(),
-            "versions": {name: metadata.version(name) for name in VERSIONED},
+            "versions": _versions(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
         }
         results = DemoResults(
@@ -192,6 +193,17 @@ class Demo:
         counts = {f"{split}_clips": m.num_samples for split, m in manifests.items()}
         megabytes = sum(s.num_bytes for m in manifests.values() for s in m.shards) / 1e6
         return {**counts, "test_sentences": num_sentences, "shards_megabytes": round(megabytes, 1)}
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what is installed; a platform may lack decord or xformers."""
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
 
 
 def _figures(path: Path) -> dict[str, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""A sweep as plain SLURM job arrays, through slurm/array.sbatch.
+"""A sweep as plain SLURM job arrays, through the packaged slurm/array.sbatch.
 
 Each array has a file with one line a cell. A last job, after all arrays whatever became of them,
 collects the results; where cells are missing, since their jobs were killed, it submits them again.
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from datamodules.files import write_whole
+from lightning_modules.packaged import folder
 from lightning_modules.sweep.cells import SweepFiles
 from lightning_modules.sweep.plan import Cell
 
@@ -46,20 +47,6 @@ class SlurmOptions:
         """Read how a sweep was submitted."""
         raw = json.loads((files.directory / _OPTIONS).read_text())
         return cls(**{**raw, "sbatch": tuple(raw["sbatch"])})
-
-
-def repository() -> Path:
-    """The folder with the batch scripts.
-
-    Raises:
-        ValueError: the package was installed without them.
-    """
-    root = Path(__file__).parents[2]
-    if not (root / "slurm" / "array.sbatch").is_file():
-        raise ValueError(
-            f"slurm/array.sbatch is not in {root}: install the repository with `pip install -e .`"
-        )
-    return root
 
 
 def submit(
@@ -119,10 +106,11 @@ def _max_array_size() -> int:
 
 
 def _sbatch(files: SweepFiles, words: list[str], work: Path, offset: int) -> str:
-    root = repository()
+    scripts = folder("slurm")
     logs = files.directory / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "EVA02_AT_OFFSET": str(offset), "EVA02_AT_LOGS": str(logs)}
+    environment["EVA02_AT_SLURM"] = str(scripts)
     beside = Path(sys.executable).with_name("eva02-at")
     if beside.exists():
         environment.setdefault("EVA02_AT", str(beside))
@@ -130,11 +118,10 @@ def _sbatch(files: SweepFiles, words: list[str], work: Path, offset: int) -> str
         [
             "sbatch",
             "--parsable",
-            f"--chdir={root}",
             f"--output={logs}/slurm-%A_%a.out",
             "--job-name=eva02-at-sweep",
             *words,
-            str(root / "slurm" / "array.sbatch"),
+            str(scripts / "array.sbatch"),
             str(work),
         ],
         environment,

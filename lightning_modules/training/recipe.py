@@ -22,6 +22,7 @@ from jsonargparse import ActionConfigFile
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lightning_modules.packaged import with_recipe_paths
 from lightning_modules.training.messages import shorten
 from lightning_modules.training.monitor.csv_log import AppendingCSVLogger
 from lightning_modules.training.monitor.health import FiniteGuard
@@ -152,7 +153,7 @@ def build_cli(words: list[str]) -> RecipeCLI:
     """Parse a recipe and build its trainer, module and data, without running anything.
 
     Args:
-        words: `--config FILE` and `--key.sub=value` words.
+        words: `--config FILE` (or a packaged recipe's name) and `--key.sub=value` words.
 
     Raises:
         ValueError: For any mistake in the recipe, naming the key and the rule.
@@ -181,7 +182,7 @@ def build_cli(words: list[str]) -> RecipeCLI:
                 trainer_defaults=TRAINER_DEFAULTS,
                 parser_kwargs={"parser_mode": "omegaconf+"},
                 run=False,
-                args=words,
+                args=with_recipe_paths(words),
             )
         except ValueError as error:  # what a class says of its arguments comes wrapped
             raise ValueError(shorten(str(error))) from error

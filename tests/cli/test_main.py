@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_modules.cli.main import COMMANDS, main
+from lightning_modules.packaged import folder, recipe_names, with_recipe_paths
 
 
 def run(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -58,10 +59,73 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, ca
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_the_unrelated_kernels_distribution_is_refused(tmp_path: Path):
+@pytest.mark.parametrize("shadows", [True, False], ids=["shadowing", "beside"])
+def test_the_unrelated_kernels_distribution_is_refused_where_it_shadows(
+    tmp_path: Path, shadows: bool
+):
     info = tmp_path / "kernels-0.9.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.9.0\n")
-    result = run("--version", PYTHONPATH=str(tmp_path))
-    assert result.returncode == 2
-    assert "kernels" in result.stderr and "pip uninstall" in result.stderr
+    if shadows:
+        (tmp_path / "kernels").mkdir()
+        (tmp_path / "kernels" / "__init__.py").write_text("raise SystemExit('was run')\n")
+    root = Path(__file__).parents[2]
+    start = "import sys; from lightning_modules.cli.main import main; sys.exit(main(['--version']))"
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", start],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{root}"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == (2 if shadows else 0), result.stderr
+    if shadows:
+        assert str(tmp_path) in result.stderr and "--force-reinstall" in result.stderr
+
+
+def recipe_words() -> list[tuple[list[str], list[str]]]:
+    """Words as typed, and what becomes of them."""
+    known = str(folder("configs") / "mir" / "eva02_at_base_sms.yaml")
+    return [
+        (["--config", "mir/eva02_at_base_sms"], ["--config", known]),
+        (["--config=configs/mir/eva02_at_base_sms.yaml"], [f"--config={known}"]),
+        (["-c", "./configs/mir/eva02_at_base_sms.yaml"], ["-c", known]),
+        (
+            ["--config", "own.yaml", "--run_dir=--config"],
+            ["--config", "own.yaml", "--run_dir=--config"],
+        ),
+        (["--config={a: 1}", "--model.config=x"], ["--config={a: 1}", "--model.config=x"]),
+        (["--config", "--help"], ["--config", "--help"]),
+    ]
+
+
+@pytest.mark.parametrize(("typed", "meant"), recipe_words())
+def test_a_recipe_is_found_by_file_then_by_name(tmp_path: Path, monkeypatch, typed, meant):
+    monkeypatch.chdir(tmp_path)
+    Path("own.yaml").touch()
+    assert with_recipe_paths(typed) == meant
+
+
+def test_a_file_goes_before_a_packaged_recipe(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = Path("configs/mir/eva02_at_base_sms.yaml")
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert with_recipe_paths(["--config", str(own)]) == ["--config", str(own)]
+
+
+def test_an_unknown_recipe_names_the_nearest(capsys: pytest.CaptureFixture[str]):
+    assert main(["fit", "--config", "mir/eva02_base_sms"]) == 2
+    assert "mir/eva02_at_base_sms" in capsys.readouterr().err
+
+
+def test_recipes_are_listed_shown_and_never_overwritten(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    for name in (*recipe_names(), "slurm/env.sh"):
+        assert f"{name} " in listed
+    assert main(["recipes", "copy", "strategy/zero2"]) == 0
+    assert main(["recipes", "copy", "strategy/zero2"]) == 2
+    assert "zero2.yaml is there already" in capsys.readouterr().err
+    assert main(["recipes", "show", "strategy/zero2"]) == 0
+    assert capsys.readouterr().out == Path("zero2.yaml").read_text()
