@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -121,7 +122,7 @@ def test_jobs_run_from_the_wheel(installed: Installed, slurm, recipe, tmp_path: 
         *(tmp_path, "sweep", *words, "--sbatch=--partition=high"),
         **{**slurm.environment, "EVA02_AT": program},
     )
-    assert "submitted" in told
-    last = told.split("submitted ")[1].split()[1].strip(",")
-    assert slurm.wait_for(last, "COMPLETED", "FAILED") == "COMPLETED"
+    jobs = re.search(r"submitted ([\d, ]+)", told)
+    assert jobs is not None, told
+    assert slurm.wait_for(jobs[1].split(", ")[-1], "COMPLETED", "FAILED") == "COMPLETED"
     assert len(results(tmp_path / "out")) == 2
