@@ -87,7 +87,8 @@ class StreamDataModule(LightningDataModule):
         shuffle_window: Samples of a lane permuted together; see `datamodules.stream.order`.
         max_fault_rate: Share of damaged samples above which the run ends.
         accept_changed_data: Resume although the data or the batch size is not the checkpoint's.
-        decoder: `decord`, or `torchcodec` where it is installed.
+        decoder: `auto` (decord where it is installed and the clips are of our making), `decord`,
+            `torchcodec` or `pyav`.
         cache_dir: Folder for copies of remote shards; needed if a manifest is a URL.
         cache_gb: How much it may hold.
     """
@@ -107,7 +108,7 @@ class StreamDataModule(LightningDataModule):
         shuffle_window: int | None = None,
         max_fault_rate: float = 0.01,
         accept_changed_data: bool = False,
-        decoder: Decoder = "decord",
+        decoder: Decoder = "auto",
         cache_dir: str | None = None,
         cache_gb: float = 100.0,
     ) -> None:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -23,15 +24,15 @@ from datamodules.stream.faults import FaultMonitor
 from datamodules.stream.order import EpochOrder, StreamOrder, keyed_hash
 from datamodules.stream.reader import SampleReader
 from datamodules.tokenizer import Tokenizer
+from datamodules.video.crops import crop_and_resize, random_crop_box, resize_and_centre_crop
 from datamodules.video.decode import (
     DamagedSample,
     Decoder,
     check_decoder,
-    crop_and_resize,
     decode_frames,
-    random_crop_box,
-    resize_and_centre_crop,
+    decoder_of,
 )
+from datamodules.video.frames import Limits
 
 _MAX_SUBSTITUTES = 100
 
@@ -74,13 +75,15 @@ class ClipOptions:
         num_frames: T.
         image_size: Side of the frames.
         crop_scale: Least and greatest share of the frame's area for the random crop.
-        decoder: Which library decodes.
+        decoder: Which library decodes; `auto` takes what serves each manifest best.
+        limits: What a clip may declare.
     """
 
     num_frames: int = 4
     image_size: int = 224
     crop_scale: tuple[float, float] = (0.5, 1.0)
-    decoder: Decoder = "decord"
+    decoder: Decoder = "auto"
+    limits: Limits = Limits()  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
         check_decoder(self.decoder)
@@ -168,7 +171,7 @@ class TrainStream(Dataset):
         sample = self.reader.read(shard, row)
         narration = self.choose_text(sample.record, generator)
         options = self.options
-        frames = decode_frames(sample.video, options.num_frames, generator, options.decoder)
+        frames = _decode(self.reader, shard, sample.video, options, generator)
         height, width = frames.shape[1:3]
         box = random_crop_box(height, width, generator, options.crop_scale)
         return _Item(
@@ -213,7 +216,7 @@ class EvalClips(Dataset):
             try:
                 sample = self.reader.read(shard, row)
                 options = self.options
-                frames = decode_frames(sample.video, options.num_frames, None, options.decoder)
+                frames = _decode(self.reader, shard, sample.video, options, None)
                 video = resize_and_centre_crop(frames, options.image_size)
                 record = sample.record
                 return _Item(video, clip_index, clip_index, record, own_text(record), sample.key)
@@ -224,6 +227,17 @@ class EvalClips(Dataset):
         blank = torch.zeros(3, self.options.num_frames, size, size, dtype=torch.uint8)
         nothing = ClipRecord("", "", 0.0, 0.0, ("",))
         return _Item(blank, -1, -1, nothing, own_text(nothing), "")
+
+
+def _decode(
+    reader: SampleReader,
+    shard: int,
+    data: bytes,
+    options: ClipOptions,
+    generator: random.Random | None,
+) -> NDArray[np.uint8]:
+    decoder = decoder_of(options.decoder, reader.corpus.shard(shard)[0].options)
+    return decode_frames(data, options.num_frames, generator, decoder, options.limits)
 
 
 class EvalSentences(Dataset):

@@ -7,6 +7,7 @@ a wrong length. A short GOP without B-frames makes four scattered frames cheap t
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,11 +15,11 @@ from typing import Any
 
 import av
 from av.video.frame import VideoFrame
-from av.video.reformatter import Interpolation
 
+from datamodules.video.colour import tag_stored
+from datamodules.video.frames import Limits, Video, on_screen
 from datamodules.video.pieces import Piece, RejectedClip
 
-_EPSILON_S = 1e-3
 _PRESETS = (
     "ultrafast",
     "superfast",
@@ -96,7 +97,11 @@ class EncodedClip:
 
 
 def encode_clip(
-    pieces: Sequence[Piece], start_s: float, end_s: float, options: EncodeOptions
+    pieces: Sequence[Piece],
+    start_s: float,
+    end_s: float,
+    options: EncodeOptions,
+    limits: Limits | None = None,
 ) -> EncodedClip:
     """Cut a span out of its source files.
 
@@ -109,15 +114,15 @@ def encode_clip(
         start_s: Start on the source video's clock.
         end_s: End on the source video's clock.
         options: How to store it.
+        limits: What a source may declare.
 
     Raises:
         RejectedClip: A source cannot be decoded or covers too little of the span.
     """
     try:
-        rate = _frame_rate(pieces[0], options.fps)
-        frames = _resample(_decode(pieces, start_s), start_s, end_s, rate)
+        frames, rate = _cut(pieces, start_s, end_s, options.fps, limits or Limits())
         clip = _encode(frames, rate, options)
-    except (av.FFmpegError, av.error.InvalidDataError, ValueError, EOFError) as error:
+    except (av.FFmpegError, ValueError, EOFError) as error:
         raise RejectedClip(f"unreadable: {error}") from error
     wanted = max(1.0, (end_s - start_s) * float(rate))
     if clip is None or clip.num_frames < options.min_coverage * wanted:
@@ -128,74 +133,59 @@ def encode_clip(
     return clip
 
 
-def _frame_rate(piece: Piece, wanted: float | None) -> Fraction:
-    with av.open(str(piece.path)) as container:
-        if not container.streams.video:
-            raise RejectedClip(f"unreadable: {piece.path.name} has no video stream")
-        stream = container.streams.video[0]
-        rate = stream.average_rate or stream.guessed_rate or Fraction(30)
-    if wanted is not None and wanted < rate:
-        rate = Fraction(wanted)
-    return Fraction(rate).limit_denominator(1001)
+@dataclass(frozen=True)
+class _Picture:
+    """A frame, and the video that knows how it is shown."""
+
+    frame: VideoFrame
+    video: Video
 
 
-def _decode(pieces: Sequence[Piece], start_s: float) -> Iterator[tuple[float, VideoFrame]]:
-    """Yield (time on the source video's clock, frame) from the key frame before the start on."""
-    for piece in pieces:
-        with av.open(str(piece.path)) as container:
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1  # clips, not threads, are worked on in parallel
-            base = stream.time_base or Fraction(1, 1000)
-            origin = (stream.start_time or 0) * base
-            begin = max(0, start_s - piece.offset_s)
-            if begin > 0:
-                container.seek(int((begin + origin) / base), stream=stream)
-            for frame in container.decode(stream):
-                if frame.pts is not None:
-                    yield piece.offset_s + float(frame.pts * base - origin), frame
-
-
-def _resample(
-    timed: Iterator[tuple[float, VideoFrame]], start_s: float, end_s: float, rate: Fraction
-) -> Iterator[VideoFrame]:
-    """Yield the frame shown at each of start_s + k / rate < end_s, at least one."""
+def _cut(
+    pieces: Sequence[Piece], start_s: float, end_s: float, fps: float | None, limits: Limits
+) -> tuple[Iterator[_Picture], Fraction]:
+    """Return the frame shown at each of start_s + k / rate < end_s, at least one, and the rate."""
+    with Video(pieces[0].source, limits) as first:
+        rate = first.rate
+    if fps is not None and fps < rate:
+        rate = Fraction(fps)
+    rate = rate.limit_denominator(1001)
     count = max(1, round((end_s - start_s) * float(rate)))
-    times = (start_s + k / float(rate) for k in range(count))
-    due = next(times)
-    shown: VideoFrame | None = None
-    shown_s = step_s = 0.0
-    for time_s, frame in timed:
-        while shown is not None and due < time_s - _EPSILON_S:
-            yield shown
-            if (later := next(times, None)) is None:
-                return
-            due = later
-        step_s, shown_s = (time_s - shown_s if shown is not None else 0.0), time_s
-        shown = frame
-        if time_s >= end_s and due < start_s + _EPSILON_S:
-            return  # the span falls into a gap of the source
-    # the last frame stays on the screen for one frame's time
-    while shown is not None and due < shown_s + max(step_s, 1 / float(rate)) - _EPSILON_S:
-        yield shown
-        if (later := next(times, None)) is None:
-            return
-        due = later
+    times = [start_s + k / float(rate) for k in range(count)]
+    return on_screen(_timed(pieces, start_s, end_s, limits), times, 1 / float(rate)), rate
+
+
+def _timed(
+    pieces: Sequence[Piece], start_s: float, end_s: float, limits: Limits
+) -> Iterator[tuple[float, _Picture]]:
+    """Yield (time on the source video's clock, picture) from the start, or before it, on."""
+    begun = False
+    for piece in pieces:
+        with Video(piece.source, limits) as video:
+            for time_s, frame in video.frames(max(0.0, start_s - piece.offset_s)):
+                time_s += piece.offset_s
+                if not begun and time_s >= end_s:
+                    return  # the span falls into a gap of the source
+                begun = True
+                yield time_s, _Picture(frame, video)
 
 
 def _encode(
-    frames: Iterator[VideoFrame], rate: Fraction, options: EncodeOptions
+    pictures: Iterator[_Picture], rate: Fraction, options: EncodeOptions
 ) -> EncodedClip | None:
-    first = next(frames, None)
+    first = next(pictures, None)
     if first is None:
         return None
-    scale = min(1.0, options.short_side / min(first.width, first.height))
-    width, height = (max(2, 2 * round(side * scale / 2)) for side in (first.width, first.height))
+    shown = first.video.upright_size(first.frame)
+    scale = min(1.0, options.short_side / min(shown))
+    width, height = (max(2, 2 * round(side * scale / 2)) for side in shown)
     buffer = io.BytesIO()
     # PyAV's stubs leave out what an output container can do
     container: Any = av.open(buffer, "w", format="mp4")
     with container:
         stream = container.add_stream("libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        tag_stored(stream.codec_context)
         stream.codec_context.thread_count = 1
         stream.options = {
             "crf": str(options.crf),
@@ -211,16 +201,11 @@ def _encode(
         if options.fast_decode:
             stream.options |= {"tune": "fastdecode"}
         count = 0
-        for frame in _chain(first, frames):
-            small = frame.reformat(width, height, "yuv420p", interpolation=Interpolation.BICUBIC)
+        for picture in itertools.chain([first], pictures):
+            small = picture.video.painter.stored(picture.frame, width, height)
             small.pts, small.time_base = count, 1 / rate
             small.pict_type = 0  # the encoder decides, not the source's frame types
             container.mux(stream.encode(small))
             count += 1
         container.mux(stream.encode())
     return EncodedClip(buffer.getvalue(), count, float(rate), width, height)
-
-
-def _chain(first: VideoFrame, rest: Iterator[VideoFrame]) -> Iterator[VideoFrame]:
-    yield first
-    yield from rest

@@ -15,9 +15,9 @@ class Piece:
     """A file that holds a part of a clip.
 
     Attributes:
-        path: The video file.
+        source: The video file, or what is in it.
         offset_s: The file's first frame on the source video's clock, seconds.
     """
 
-    path: Path
+    source: Path | bytes
     offset_s: float

@@ -11,7 +11,7 @@ import csv
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datamodules.video.decode import resize_and_centre_crop
+from datamodules.video.crops import resize_and_centre_crop
+from datamodules.video.frames import Limits, Video, read_frames
 from datamodules.video.workers import Job, run_jobs
 
 SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts"})
@@ -156,19 +157,25 @@ def sliding_windows(
 
 
 def probe_videos(
-    videos: Sequence[Path], num_workers: int
+    videos: Sequence[Path], num_workers: int, limits: Limits | None = None
 ) -> Iterator[tuple[Path, Length | Unreadable]]:
     """Measure videos in child processes; yields (video, its length or what is wrong with it).
 
     Packets are counted, since headers are often wrong: no frame at the end is lost.
     """
     jobs = [videos[i : i + _PROBED_AT_ONCE] for i in range(0, len(videos), _PROBED_AT_ONCE)]
-    for results in in_children(_measure, jobs, num_workers, lambda video: video):
+    measure = partial(_measure, limits=limits or Limits())
+    for results in in_children(measure, jobs, num_workers, lambda video: video):
         yield from results
 
 
 def read_windows(
-    windows: Sequence[Window], num_frames: int, size: int, num_workers: int, batch_size: int = 16
+    windows: Sequence[Window],
+    num_frames: int,
+    size: int,
+    num_workers: int,
+    batch_size: int = 16,
+    limits: Limits | None = None,
 ) -> Iterator[tuple[list[Window], Tensor, list[Unreadable]]]:
     """Decode windows in child processes: a video that crashes the decoder is a counted loss.
 
@@ -178,6 +185,7 @@ def read_windows(
         size: Side of the frames: shorter side resized, centre cropped, as in evaluation.
         num_workers: Child processes.
         batch_size: Most windows in a yielded batch.
+        limits: What a video may declare.
 
     Yields:
         Windows that were read, their (B, 3, T, size, size) uint8, and what could not be read; in
@@ -186,7 +194,7 @@ def read_windows(
     batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
 
     def read(group: Sequence[Window]) -> list[NDArray[np.uint8]]:
-        return _read_spans(group, num_frames, size)
+        return _read_spans(group, num_frames, size, limits or Limits())
 
     jobs = [_neighbours(batch) for batch in batches]
     for results in in_children(read, jobs, num_workers, lambda group: group[0].video):
@@ -252,32 +260,17 @@ def in_children(
             yield list(zip(event.job.payload, event.result, strict=True))
 
 
-def _open(path: Path) -> Any:
-    container = av.open(str(path))
-    if not container.streams.video:
-        container.close()
-        raise ValueError("no video stream")
-    container.streams.video[0].codec_context.thread_count = 1  # videos are read in parallel
-    return container
-
-
-def _measure(path: Path) -> Length:
+def _measure(path: Path, limits: Limits) -> Length:
     """From the first frame to the end of the last, by the packets' timestamps."""
-    with _open(path) as container:
-        stream = container.streams.video[0]
-        times = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
-        if not times:
-            raise ValueError("no frames")
-        base = stream.time_base
-        first = times[0] if stream.start_time is None else stream.start_time
-        rate = stream.average_rate or Fraction(30)
-        frame = (times[-1] - times[0]) * base / (len(times) - 1) if len(times) > 1 else 1 / rate
-        container.seek(0)
-        next(container.decode(stream))  # a header without pictures is found out here
-        return Length(float((times[-1] - first) * base + frame), float(frame))
+    with Video(path, limits) as video:
+        stamps = video.stamps()
+        next(video.frames())  # a header without pictures is found out here
+    return Length(stamps.duration_s, stamps.duration_s / len(stamps.starts_s))
 
 
-def _read_spans(windows: Sequence[Window], num_frames: int, size: int) -> list[NDArray[np.uint8]]:
+def _read_spans(
+    windows: Sequence[Window], num_frames: int, size: int, limits: Limits
+) -> list[NDArray[np.uint8]]:
     """Decode windows of one video, each to (3, T, size, size) uint8."""
     times = [
         window.start_s + (t + 0.5) * (window.end_s - window.start_s) / num_frames
@@ -286,68 +279,9 @@ def _read_spans(windows: Sequence[Window], num_frames: int, size: int) -> list[N
     ]
     wanted = sorted(set(times))
     small: dict[float, Tensor] = {}
-    for time, frame in zip(wanted, read_frames(windows[0].video, wanted), strict=True):
+    frames = read_frames(windows[0].video, wanted, limits)
+    for time, frame in zip(wanted, frames, strict=True):
         small[time] = resize_and_centre_crop(frame[None], size)[:, 0]
     clips = [times[i : i + num_frames] for i in range(0, len(times), num_frames)]
     # numpy: torch would pass tensors as handles that die with the process
     return [torch.stack([small[time] for time in clip], dim=1).numpy() for clip in clips]
-
-
-def read_frames(path: Path, times_s: Sequence[float]) -> Iterator[NDArray[np.uint8]]:
-    """Decode the frames on the screen at given times.
-
-    Args:
-        path: The video.
-        times_s: Rising, in seconds from the first frame.
-
-    Yields:
-        One (H, W, 3) uint8 RGB frame for each time, upright.
-
-    Raises:
-        ValueError: a time lies beyond the video's end.
-        av.FFmpegError: the video cannot be decoded.
-    """
-    due = iter(times_s)
-    time_s: float | None = next(due)
-    shown, shown_s, step_s = None, 0.0, 0.5
-    with _open(path) as container:
-        for frame_s, frame in _timed_frames(container, times_s[0]):
-            while time_s is not None and time_s < frame_s - _EPSILON_S:
-                yield _upright(frame if shown is None else shown)
-                time_s = next(due, None)
-            if time_s is None:
-                return
-            step_s = max(step_s, frame_s - shown_s) if shown is not None else step_s
-            shown, shown_s = frame, frame_s
-    while time_s is not None:  # the last frame stays on the screen for a while
-        if shown is None or time_s > shown_s + step_s:
-            raise ValueError(f"{time_s:.2f} s lies beyond its end at {shown_s:.2f} s")
-        yield _upright(shown)
-        time_s = next(due, None)
-
-
-def _timed_frames(container: Any, start_s: float) -> Iterator[tuple[float, Any]]:
-    """Yield (seconds, frame) in order, from the one shown at `start_s` on or from before it."""
-    stream = container.streams.video[0]
-    base = stream.time_base
-    origin = (stream.start_time or 0) * base
-    for begin_s in (start_s, 0.0):
-        container.seek(int((Fraction(begin_s) + origin) / base), stream=stream)
-        frames = (
-            (float(frame.pts * base - origin), frame)
-            for frame in container.decode(stream)
-            if frame.pts is not None
-        )
-        first = next(frames, None)
-        # formats without an index may land behind the wanted time
-        if first is not None and first[0] <= start_s + _EPSILON_S:
-            break
-    if first is not None:
-        yield first
-        yield from frames
-
-
-def _upright(frame: Any) -> NDArray[np.uint8]:
-    """RGB, turned as the file's metadata asks (telephones store upright videos lying down)."""
-    turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datamodules.video.windows import Unreadable, Window, in_children, read_frames
+from datamodules.video.frames import read_frames
+from datamodules.video.windows import Unreadable, Window, in_children
 from lightning_modules.inference.search_index import Hit
 
 _FRAMES, _HEIGHT = 3, 120

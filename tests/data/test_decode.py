@@ -9,16 +9,14 @@ import torch.nn.functional as F
 from conftest import write_video
 
 from datamodules.tokenizer import EOT_ID, SOT_ID, Tokenizer
+from datamodules.video.crops import crop_and_resize, random_crop_box, resize_and_centre_crop
 from datamodules.video.decode import (
     DamagedSample,
     check_decoder,
-    crop_and_resize,
     decode_frames,
-    frame_indices,
-    random_crop_box,
-    resize_and_centre_crop,
     segment_times,
 )
+from datamodules.video.frames import frame_indices
 
 
 def test_evaluation_takes_the_centres_of_equal_segments():

@@ -105,7 +105,7 @@ def test_layouts_of_the_field(tmp_path, family, expected):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     pieces = LAYOUTS[family].pieces(tmp_path, "P01_07", 1199.0, 1201.0)
-    assert [str(piece.path.relative_to(tmp_path)) for piece in pieces] == expected
+    assert [str(piece.source.relative_to(tmp_path)) for piece in pieces] == expected
 
 
 def test_layouts_that_make_no_sense_are_refused():

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_videos import brightness, write_video
 
-from datamodules.video import windows as videos
-from datamodules.video.decode import decode_frames, resize_and_centre_crop
+from datamodules.video.crops import resize_and_centre_crop
+from datamodules.video.decode import decode_frames
+from datamodules.video.frames import Video, read_frames
 from datamodules.video.windows import (
     Length,
     Unreadable,
@@ -25,7 +26,6 @@ from datamodules.video.windows import (
     find_videos,
     probe_videos,
     read_clip_list,
-    read_frames,
     read_windows,
     sliding_windows,
 )
@@ -148,15 +148,15 @@ def test_a_video_that_crashes_the_decoder_is_met_in_a_child(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = [write_video(tmp_path / f"{n}.mp4", 10) for n in ("a", "b", "c")]
-    opened = videos._open
+    opened = Video._open
 
-    def crash(path: Path):
-        if path.stem == "b":
+    def crash(self: Video):
+        if self.source.stem == "b":
             faulthandler.disable()  # the death is meant, its trace is noise
             os.kill(os.getpid(), signal.SIGSEGV)
-        return opened(path)
+        return opened(self)
 
-    monkeypatch.setattr(videos, "_open", crash)
+    monkeypatch.setattr(Video, "_open", crash)
     windows = [Window(path, 0.0, 1.0) for path in paths]
     ((kept, clips, lost),) = read_windows(windows, 2, 32, 2)
     assert [w.video.stem for w in kept] == ["a", "c"] and len(clips) == 2

@@ -12,7 +12,8 @@ from published_layouts import EVA, VIT, random_model
 from pyarrow import parquet
 from small_videos import write_video
 
-from datamodules.video.decode import decode_frames, resize_and_centre_crop
+from datamodules.video.crops import resize_and_centre_crop
+from datamodules.video.decode import decode_frames
 from datamodules.video.windows import Window
 from lightning_modules.checkpoints.model_config import config_to_json
 from lightning_modules.cli.main import main
