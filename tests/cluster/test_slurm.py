@@ -113,6 +113,59 @@ def test_a_users_mistake_is_not_tried_again_and_a_fault_only_so_often(slurm, tmp
         assert log(folder).count("started") == tries
 
 
+def executable(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_task_of_an_array_that_fails_takes_no_other_along(slurm, tmp_path):
+    """Each task writes down its starts; one faults once, one stops once, one makes a mistake."""
+    starts = f"echo $1 >>{tmp_path}/starts; n=$(grep -cx $1 {tmp_path}/starts)"
+    ends = '[[ $1 == fault && $n == 1 ]] && exit 9; [[ $1 == stop && $n == 1 ]] && exit 85'
+    command = executable(tmp_path / "command", f"{starts}; {ends}; [[ $1 != mistake ]] || exit 2")
+    (tmp_path / "jobs.txt").write_text("fine\nfault\nstop\nmistake\n")
+    slurm.environment |= {"EVA02_AT": str(command), "EVA02_AT_LOGS": str(tmp_path)}
+    slurm.environment.pop("EVA02_AT_MAX_FAULTS", None)
+    job = slurm.submit(
+        "--partition=low",
+        "--array=0-3%2",
+        f"--chdir={REPOSITORY}",
+        f"--output={tmp_path}/log-%a.txt",
+        *(str(REPOSITORY / "slurm" / "array.sbatch"), str(tmp_path / "jobs.txt")),
+    )
+    ends = [slurm.wait_for(f"{job}_{task}", "COMPLETED", "FAILED") for task in range(4)]
+    assert ends == ["COMPLETED", "COMPLETED", "COMPLETED", "FAILED"]
+    starts = (tmp_path / "starts").read_text().split()
+    counts = {name: starts.count(name) for name in ("fine", "fault", "stop", "mistake")}
+    assert counts == {"fine": 1, "fault": 2, "stop": 2, "mistake": 1}
+
+
+def test_a_node_without_the_command_is_left_alone(slurm, tmp_path):
+    """The environment is mounted on the second node only."""
+    first, second = slurm.run("sinfo", "-h", "-N", "-p", "low", "-o", "%N").split()
+    executable(tmp_path / second / "eva02-at", "echo started on $SLURMD_NODENAME")
+    env = executable(tmp_path / "env.sh", f"EVA02_AT={tmp_path}/$SLURMD_NODENAME/eva02-at")
+    slurm.environment |= {
+        "EVA02_AT_ENV": str(env),
+        "EVA02_AT_LOGS": str(tmp_path),
+        "EVA02_AT_EXCLUDE": "1",
+    }
+    try:
+        job = slurm.submit(
+            "--partition=low",
+            f"--chdir={REPOSITORY}",
+            f"--output={tmp_path}/log.txt",
+            str(REPOSITORY / "slurm" / "train.sbatch"),
+        )
+        assert slurm.wait_for(job, "COMPLETED", "FAILED") == "COMPLETED", log(tmp_path)
+    finally:
+        del slurm.environment["EVA02_AT_ENV"], slurm.environment["EVA02_AT_EXCLUDE"]
+    assert f"started on {second}" in log(tmp_path)
+    assert f"keeping off {first}" in log(tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("strategy", ["zero2", "ddp"])
