@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from lightning_modules.cli.endings import EXIT_FAULT, EXIT_OK, EXIT_USER_ERROR, exit_code, report
 from lightning_modules.training.run.signals import STOP
-
-EXIT_OK, EXIT_USER_ERROR = 0, 2
 
 # command -> (module with `main(argv) -> exit code`, one-line help). Modules are imported only
 # when their command runs, so that `--help` and small commands start at once.
@@ -35,8 +34,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("lightning_modules.cli.demo", "the whole mission in small, on videos made here"),
     "bench": ("lightning_modules.cli.bench", "ratios against the obvious alternative"),
 }
-# Where a raise counts as ours; pathlib raises for a file that our code was given.
-_OUR_MODULES = {"__main__", "lightning_modules", "datamodules", "kernels", "pathlib"}
 _TRAINER_VERBS = ("fit", "validate", "test", "predict")
 
 
@@ -64,20 +61,6 @@ def _refuse_foreign_kernels() -> None:
     )
 
 
-def _is_users_mistake(error: BaseException) -> bool:
-    """True for a ValueError or OSError that our own code raised, or met at a file it was given.
-
-    The same exception out of a library is a fault of ours and keeps its traceback.
-    """
-    if not isinstance(error, (ValueError, OSError)):
-        return False
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    module = frame.tb_frame.f_globals.get("__name__", "") if frame else ""
-    return module.split(".")[0] in _OUR_MODULES
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -86,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done; 2 the user's mistake; 85 stopped by a signal with a complete
-        checkpoint; anything else a fault.
+        checkpoint; 75 a fault of the machine; anything else a fault.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -108,12 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()  # the reader of our output has left, as `| head` does
         return EXIT_OK
     except Exception as error:
-        if not _is_users_mistake(error) or os.environ.get("EVA02_AT_TRACEBACK"):
+        code = exit_code(error, words)
+        if code == EXIT_FAULT or os.environ.get("EVA02_AT_TRACEBACK"):
             traceback.print_exc()
-        if not _is_users_mistake(error):
-            return 1
-        print(f"eva02-at: error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        if code != EXIT_FAULT:
+            report(error, code)
+        return code
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ class RecipeParser(lightning_cli.LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise the user's mistake as a ValueError, with the nearest valid key if one is near."""
+        if "File does not exist" in message:  # on this node, that is
+            ex = FileNotFoundError(message)
         raise ValueError(shorten(message) + self._nearest(message)) from ex
 
     def _nearest(self, message: str) -> str:

@@ -264,3 +264,19 @@ def test_too_much_damage_ends_a_run_with_one_line(recipe, tmp_path, capfd, worke
     assert "Traceback" not in told
     assert told.splitlines()[-1].startswith("eva02-at: error: 10 of ")
     assert "max_fault_rate" in told.splitlines()[-1]
+
+
+def test_data_that_is_gone_is_a_mistake_at_first_and_a_fault_later(recipe, tmp_path, capfd):
+    """Where the run has a checkpoint the path was right: another node may have it mounted."""
+    shards = shutil.copytree(recipe.parent / "shards", tmp_path / "shards")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.read_text().replace(str(recipe.parent / "shards"), str(shards)))
+    words = ["fit", "--config", str(file), "--trainer.devices=1", "--trainer.max_epochs=1"]
+    assert main([*words, f"--run_dir={tmp_path / 'run'}"]) == 0
+    shards.rename(tmp_path / "elsewhere")
+    for run_dir, code, kind in (("run", 75, "fault on"), ("other", 2, "error")):
+        assert main([*words, "--trainer.max_epochs=2", f"--run_dir={tmp_path / run_dir}"]) == code
+        told = capfd.readouterr().err
+        assert "Traceback" not in told
+        assert f"eva02-at: {kind}" in told.splitlines()[-1]
+        assert f"no manifest at {shards}" in told.splitlines()[-1]

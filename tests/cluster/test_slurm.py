@@ -123,7 +123,7 @@ def executable(path: Path, text: str) -> Path:
 def test_a_task_of_an_array_that_fails_takes_no_other_along(slurm, tmp_path):
     """Each task writes down its starts; one faults once, one stops once, one makes a mistake."""
     starts = f"echo $1 >>{tmp_path}/starts; n=$(grep -cx $1 {tmp_path}/starts)"
-    ends = '[[ $1 == fault && $n == 1 ]] && exit 9; [[ $1 == stop && $n == 1 ]] && exit 85'
+    ends = "[[ $1 == fault && $n == 1 ]] && exit 9; [[ $1 == stop && $n == 1 ]] && exit 85"
     command = executable(tmp_path / "command", f"{starts}; {ends}; [[ $1 != mistake ]] || exit 2")
     (tmp_path / "jobs.txt").write_text("fine\nfault\nstop\nmistake\n")
     slurm.environment |= {"EVA02_AT": str(command), "EVA02_AT_LOGS": str(tmp_path)}
