@@ -64,14 +64,17 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "lightning_modules.models",
     ),
     "lightning_modules.inference": (
+        "lightning_modules.pages",
         "datamodules",
         "lightning_modules.models",
         "lightning_modules.checkpoints",
     ),
+    "lightning_modules.pages": (),
     "lightning_modules.sweep": (
         "datamodules.files",
         "lightning_modules.checkpoints",
         "lightning_modules.packaged",
+        "lightning_modules.pages",
     ),
     "lightning_modules.planning": (
         "kernels",

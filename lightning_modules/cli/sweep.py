@@ -52,7 +52,9 @@ def write_table(files: SweepFiles, plan: Plan) -> int:
     text = markdown(table)
     write_atomically(files.directory / "table.md", text)
     write_atomically(files.directory / "table.csv", csv_text(table))
-    page = sweep_page(table, f"Sweep {files.directory.name}")
+    page = sweep_page(
+        table, f"Sweep of {len(table.rows)} checkpoints in {files.directory.resolve()}"
+    )
     write_atomically(files.directory / "table.html", page)
     print(f"\n{text}\ntable in {files.directory}/table.md, .csv and .html")
     return _FAILED if table.problems else 0

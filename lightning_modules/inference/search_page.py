@@ -15,24 +15,16 @@ from PIL import Image
 from datamodules.video.frames import read_frames
 from datamodules.video.windows import Unreadable, Window, in_children
 from lightning_modules.inference.search_index import Hit
+from lightning_modules.pages import page
 
 _FRAMES, _HEIGHT = 3, 120
 
 _STYLE = """
-:root { color-scheme: light dark; --line: #d8dce2; --soft: #5b6470; --card: #fff; --page: #f4f5f7;
-  --ink: #1c2128; --mark: #2f6fde; }
-@media (prefers-color-scheme: dark) { :root { --line: #333a44; --soft: #9aa4b2; --card: #1d222a;
-  --page: #14181e; --ink: #e6e9ee; --mark: #6ea1ff; } }
-* { box-sizing: border-box; }
-body { margin: 0; padding: 28px 32px 48px; background: var(--page); color: var(--ink);
-  font: 15px/1.45 system-ui, sans-serif; }
-main { max-width: 1240px; margin: 0 auto; }
 h1 { font-size: 15px; font-weight: 500; color: var(--soft); margin: 0 0 4px; }
 h2 { font-size: 24px; font-weight: 650; margin: 20px 0 14px; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(380px, 100%), 1fr));
   gap: 16px; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  overflow: hidden; }
+.card { overflow: hidden; }
 .strip { display: grid; grid-template-columns: repeat(3, 1fr); gap: 2px; background: var(--line); }
 .strip figure { margin: 0; position: relative; aspect-ratio: 4 / 3; background: #000; }
 .strip img { width: 100%; height: 100%; object-fit: contain; display: block; }
@@ -88,13 +80,11 @@ def search_page(
     if problems:
         items = "".join(f"<li>{html.escape(problem)}</li>" for problem in problems)
         lost = f"<details><summary>{len(problems)} unreadable</summary><ul>{items}</ul></details>"
-    title = html.escape("; ".join(answer.query for answer in answers))
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}</style></head><body><main>"
+    return page(
+        "; ".join(answer.query for answer in answers),
         f"<h1>Search in {html.escape(str(folder))}</h1>{body}"
-        f"<footer>{html.escape(facts)}{lost}</footer></main></body></html>\n"
+        f"<footer>{html.escape(facts)}{lost}</footer>",
+        _STYLE,
     )
 
 

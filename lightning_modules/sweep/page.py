@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lightning_modules.pages import page
+from lightning_modules.sweep.plan import Cell
 from lightning_modules.sweep.table import MISSING, Entry, Figure, Table
 
 _WIDTH, _HEIGHT = 400, 240
@@ -16,37 +18,40 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 14, 12, 30
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a7a7a")
 
 _STYLE = """
-:root { color-scheme: light; --line: #d8dce2; --soft: #5b6470; --ink: #1c2128; }
-* { box-sizing: border-box; }
-body { margin: 0; padding: 28px 32px 48px; background: #f4f5f7; color: var(--ink);
-  font: 15px/1.45 system-ui, sans-serif; }
-main { max-width: 1280px; margin: 0 auto; }
-h1 { font-size: 24px; font-weight: 650; margin: 0 0 4px; }
-h2 { font-size: 17px; font-weight: 650; margin: 28px 0 10px; }
-p { margin: 0 0 12px; color: var(--soft); }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(380px, 100%), 1fr));
   gap: 16px; }
-figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radius: 10px;
+figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   padding: 12px 12px 6px; }
 figcaption { font-weight: 600; font-size: 14px; margin: 0 2px 6px; }
 figcaption span { color: var(--soft); font-weight: 400; }
 svg { width: 100%; height: auto; display: block; }
 svg text { font: 11px system-ui, sans-serif; fill: var(--soft); }
+svg .grid { stroke: var(--line); }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 0 0 12px; font-size: 13px; }
 .legend i { display: inline-block; width: 18px; height: 3px; border-radius: 2px;
   vertical-align: middle; margin-right: 7px; }
-.scroll { overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: 10px; }
+.scroll { overflow-x: auto; }
+/* shadows at the edges beyond which there is more: the covers scroll away with the table */
+.scroll { background:
+  linear-gradient(to right, var(--card) 30%, transparent) left / 48px 100% no-repeat local,
+  linear-gradient(to left, var(--card) 30%, transparent) right / 48px 100% no-repeat local,
+  linear-gradient(to right, rgb(0 0 0 / 18%), transparent) left / 14px 100% no-repeat scroll,
+  linear-gradient(to left, rgb(0 0 0 / 18%), transparent) right / 14px 100% no-repeat scroll,
+  var(--card); }
+.scroll:focus-visible { outline: 2px solid var(--mark); }
 table { border-collapse: collapse; width: 100%; font-size: 14px;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: 7px 14px; text-align: right; white-space: nowrap; }
+  font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+th, td { padding: 7px 12px; text-align: right; white-space: nowrap; }
 th { font-weight: 600; border-bottom: 1px solid var(--line); vertical-align: bottom; }
 th span, td span { display: block; font-weight: 400; font-size: 12px; color: var(--soft); }
-th:first-child, td:first-child { text-align: left; }
-tbody tr + tr td { border-top: 1px solid #eceef1; }
-td.best { font-weight: 650; }
-td.failed { color: #b3261e; }
-ul { margin: 0; padding: 12px 14px 12px 32px; background: #fff; border: 1px solid var(--line);
-  border-radius: 10px; overflow-wrap: anywhere; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
+  background: var(--card); max-width: 40vw; white-space: normal; min-width: 7em;
+  overflow-wrap: anywhere; }
+tbody tr + tr td { border-top: 1px solid var(--line); }
+td.best { font-weight: 700; }
+td.best::before { content: "★ "; color: var(--mark); }
+td.failed { color: var(--bad); }
+ul { margin: 0; padding: 12px 14px 12px 32px; }
 li b { font-weight: 600; }
 """
 
@@ -68,22 +73,19 @@ def sweep_page(table: Table, title: str) -> str:
     """
     done = sum(bool(entry.figures) for entry in table.entries)
     facts = f"{done} of {len(table.entries)} cells have results"
+    columns = list(dict.fromkeys(column for column, _ in table.columns))
     if table.problems:
-        facts += f"; {len(table.problems)} problems are named below"
+        count = len(table.problems)
+        facts += f"; {count} {'problem is' if count == 1 else 'problems are'} named below"
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        f"<p>{facts}. Intervals: 95 %, by bootstrap over queries.</p>",
+        f'<p class="soft">{facts}. Intervals: 95 %, by bootstrap over queries. A star marks the '
+        "best of a column, where one checkpoint alone has it.</p>",
         _charts(table),
-        "<h2>All checkpoints</h2>",
-        _table(table),
+        *(f"<h2>{html.escape(column)}</h2>{_table(table, column)}" for column in columns),
         _problems(table.problems),
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
-    )
+    return page(title, "".join(parts), _STYLE)
 
 
 def _charts(table: Table) -> str:
@@ -150,7 +152,7 @@ def _extent(figure: Figure) -> list[float]:
 def _grid(ticks: Sequence[float], scale: _Scale) -> str:
     lines = [
         f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{scale.y(tick):.1f}" '
-        f'y2="{scale.y(tick):.1f}" stroke="#e6e8ec"/>'
+        f'y2="{scale.y(tick):.1f}" class="grid"/>'
         f'<text x="{_LEFT - 7}" y="{scale.y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>'
         for tick in ticks
     ]
@@ -193,42 +195,52 @@ def ticks(low: float, high: float) -> list[float]:
     return [round(size * k, 10) for k in range(first, last + 1)]
 
 
-def _table(table: Table) -> str:
+def _table(table: Table, column: str) -> str:
+    """One benchmark's metrics, a row a checkpoint."""
+    metrics = [metric for name, metric in table.columns if name == column]
+    rows = [(cell, entries) for cell, entries in table.rows if column in entries]
+    best = {metric: _best(rows, column, metric) for metric in metrics}
     heads = "".join(
-        f"<th>{html.escape(metric)}<span>{html.escape(column)}</span></th>"
-        for column, metric in table.columns
+        f"<th>{html.escape(metric)}"
+        + ("<span>less is better</span>" if _less(metric) else "")
+        + "</th>"
+        for metric in metrics
     )
-    best = {}
-    for column, metric in table.columns:
-        values = [e[column].figures[metric].value for _, e in table.rows if _has(e, column, metric)]
-        least = metric.rsplit(".", 1)[-1] in _LESS_IS_BETTER
-        best[column, metric] = (min if least else max)(values)
-    rows = []
-    for cell, entries in table.rows:
+    lines = []
+    for cell, entries in rows:
         step = "" if cell.step is None else f"{cell.step:,}"
-        cells = [f"<td>{html.escape(cell.run)}</td><td>{step}</td>"]
-        for column, metric in table.columns:
-            if not _has(entries, column, metric):
-                entry = entries.get(column)
-                failed = entry is not None and entry.problem is not None
-                cells.append('<td class="failed">failed</td>' if failed else "<td></td>")
-                continue
-            figure = entries[column].figures[metric]
-            kind = ' class="best"' if figure.value == best[column, metric] else ""
-            ends = (
-                "" if figure.low is None else f"<span>{figure.low:.2f} – {figure.high:.2f}</span>"
-            )
-            shown = Figure(figure.value)
-            cells.append(f"<td{kind}>{shown}{ends}</td>")
-        rows.append(f"<tr>{''.join(cells)}</tr>")
+        shown = [_cell(entries[column], metric, best[metric]) for metric in metrics]
+        name = html.escape(cell.run)
+        lines.append(f"<tr><td>{name}</td><td>{step}</td>{''.join(shown)}</tr>")
     return (
-        f'<div class="scroll"><table><thead><tr><th>run</th><th>step</th>{heads}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f'<div class="card scroll" tabindex="0" role="region" aria-label="{html.escape(column)}">'
+        f"<table><thead><tr><th>run</th><th>step</th>{heads}</tr></thead>"
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 
-def _has(entries: Mapping[str, Entry], column: str, metric: str) -> bool:
-    return column in entries and metric in entries[column].figures
+def _cell(entry: Entry, metric: str, best: float | None) -> str:
+    if metric not in entry.figures:
+        return '<td class="failed">failed</td>' if entry.problem is not None else "<td></td>"
+    figure = entry.figures[metric]
+    kind = ' class="best"' if figure.value == best else ""
+    ends = "" if figure.low is None else f"<span>{figure.low:.2f} – {figure.high:.2f}</span>"
+    return f"<td{kind}>{Figure(figure.value)}{ends}</td>"
+
+
+def _less(metric: str) -> bool:
+    return metric.rsplit(".", 1)[-1] in _LESS_IS_BETTER
+
+
+def _best(
+    rows: Sequence[tuple[Cell, Mapping[str, Entry]]], column: str, metric: str
+) -> float | None:
+    """The best value, where one row alone has it and there is another to be better than."""
+    values = [e[column].figures[metric].value for _, e in rows if metric in e[column].figures]
+    if len(values) < 2:
+        return None
+    best = (min if _less(metric) else max)(values)
+    return best if values.count(best) == 1 else None
 
 
 def _problems(problems: Mapping[str, str]) -> str:
@@ -238,4 +250,4 @@ def _problems(problems: Mapping[str, str]) -> str:
         f"<li><b>{html.escape(name)}</b>: {html.escape(reason)}</li>"
         for name, reason in problems.items()
     )
-    return f"<h2>Without figures</h2><ul>{items}</ul>"
+    return f'<h2>Without figures</h2><ul class="card">{items}</ul>'

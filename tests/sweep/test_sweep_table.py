@@ -128,6 +128,26 @@ def test_a_small_median_rank_is_the_best() -> None:
     assert rows[0][1].endswith('<td class="best">3.00</td>')
 
 
+def test_a_best_that_several_share_is_not_marked() -> None:
+    entries = [
+        Entry(Cell(n, n, n, None, "c", (), ("mir",)), "mir", {"map": Figure(v), "r1": Figure(w)})
+        for n, v, w in (("a", 5.0, 1.0), ("b", 5.0, 2.0), ("c", 4.0, 0.0))
+    ]
+    page = sweep_page(Table(entries, {}), "t")
+    assert re.findall(r'class="best">([\d.]+)', page) == ["2.00"]
+    assert 'class="best"' not in sweep_page(Table(entries[:1], {}), "t")
+
+
+def test_each_benchmark_has_a_table_of_its_own_metrics() -> None:
+    cells = [Cell(n, n, n, None, "c", (), ("x",)) for n in ("a", "b")]
+    entries = [Entry(c, "mir", {"map": Figure(1.0)}) for c in cells]
+    entries += [Entry(cells[0], "mcq", {"inter": Figure(2.0)})]
+    page = sweep_page(Table(entries, {}), "t")
+    assert re.findall(r'aria-label="(\w+)"', page) == ["mir", "mcq"]
+    assert page.count("<tr><td>a</td>") == 2 and page.count("<tr><td>b</td>") == 1
+    assert "prefers-color-scheme: dark" in page
+
+
 def test_page_without_steps_has_no_curves() -> None:
     cell = Cell("k", "m.pt", "m.pt", None, "c", (), ("mir",))
     page = sweep_page(Table([Entry(cell, "mir", {"map": Figure(1.0)})], {}), "t")

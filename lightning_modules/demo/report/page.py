@@ -16,6 +16,7 @@ from lightning_modules.demo.report.charts import Curve, line_chart, read_series,
 from lightning_modules.demo.report.gallery import gallery
 from lightning_modules.demo.report.matrices import colour_scale, matrix_picture
 from lightning_modules.demo.report.results import DemoResults
+from lightning_modules.pages import base_style
 
 _MODELS = {"random": "random", "zero_shot": "zero-shot", "fine_tuned": "fine-tuned"}
 _ACCURACIES = {
@@ -79,6 +80,7 @@ def write_report(results: DemoResults, path: Path) -> None:
     environment.filters |= {"number": number, "value": value, "duration": duration}
     source = resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
     page = environment.from_string(source).render(
+        base_style=base_style(),
         metrics=metrics,
         models=_MODELS,
         get=_get,
