@@ -179,7 +179,9 @@ class Trouble(Callback):
         self._strike(trainer, "train")
 
     def on_train_batch_end(self, trainer, module, *args):
-        """`weights`: something spoils a weight after step `at`."""
+        """`weights`: something spoils a weight after step `at`; `should_stop`: as early stopping."""
+        if self.where == "should_stop" and trainer.global_step == self.at:
+            trainer.should_stop = True
         if self.where == "weights" and trainer.global_step == self.at:
             module.model[0].weight.data[0, 0] = float("inf")
 
@@ -213,6 +215,7 @@ def main(
     stall_s: float = 0.0,
     csv: bool = False,
     clip: float = 0.3,
+    trainer_options: dict | None = None,
 ) -> int:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -244,6 +247,7 @@ def main(
         num_sanity_val_steps=0,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=clip or None,
+        **(trainer_options or {}),
     )
     config = OptimizerConfig(
         **{"lr": 0.02, "schedule": "cosine", "warmup_epochs": 0.4, **(optimizer or {})}

@@ -166,6 +166,15 @@ def configure_optimizers(
     )
 
 
+def batches_per_epoch(trainer: Trainer) -> int | None:
+    """Batches an epoch, by the datamodule's count and the Trainer's limit; None if none says."""
+    batches = getattr(getattr(trainer, "datamodule", None), "batches_per_epoch", None)
+    limit = trainer.limit_train_batches
+    if isinstance(limit, int):
+        return limit if batches is None else min(batches, limit)
+    return None if batches is None else int(batches * limit)
+
+
 def optimizer_steps_per_epoch(trainer: Trainer) -> int:
     """Optimiser steps an epoch, by the datamodule's count, the Trainer's limit and accumulation.
 
@@ -173,17 +182,13 @@ def optimizer_steps_per_epoch(trainer: Trainer) -> int:
         ValueError: The datamodule does not say how many batches an epoch has, or accumulation
             does not divide them under DeepSpeed.
     """
-    datamodule = getattr(trainer, "datamodule", None)
-    batches = getattr(datamodule, "batches_per_epoch", None)
-    limit = trainer.limit_train_batches
-    if batches is None and isinstance(limit, int):
-        batches = limit
+    batches = batches_per_epoch(trainer)
     if batches is None:
         raise ValueError(
-            f"{type(datamodule).__name__} does not say how many batches an epoch has; give the "
-            "datamodule a `batches_per_epoch`, or set trainer.limit_train_batches to a whole number"
+            f"{type(getattr(trainer, 'datamodule', None)).__name__} does not say how many batches "
+            "an epoch has; give the datamodule a `batches_per_epoch`, or set "
+            "trainer.limit_train_batches to a whole number"
         )
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     if batches % trainer.accumulate_grad_batches and isinstance(
         trainer.strategy, DeepSpeedStrategy
     ):

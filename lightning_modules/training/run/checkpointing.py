@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +23,12 @@ from lightning_modules.training.run.checkpoint_store import (
     checkpoint_name,
     file_record,
 )
+from lightning_modules.training.run.loop_state import Progress, settle_validation
 from lightning_modules.training.run.private import (
     dump_checkpoint,
     gradients_pending,
     let_children_exit_nonzero,
     log_last_step,
-    mark_validation_pending,
     norms,
     silence_lightning_signals,
     validation_due,
@@ -80,7 +81,8 @@ class SafeCheckpoints(Checkpoint):
         self.flag = STOP
         self._folder: CheckpointFolder
         self._ranks: Ranks
-        self._saved_step = -1
+        self._progress: Progress | None = None  # what has been trained, once anything has
+        self._saved: Progress | None = None  # that of the newest checkpoint
         self._saved_at = time.monotonic()
 
     # -- set-up ---------------------------------------------------------------------------------
@@ -98,9 +100,19 @@ class SafeCheckpoints(Checkpoint):
         silence_lightning_signals(trainer)
         self.flag.install()
 
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put Lightning's loops where the checkpoint's progress says, before they are restored."""
+        if trainer.state.fn == "fit" and (progress := Progress.of(checkpoint)) is not None:
+            progress.place(trainer, checkpoint["loops"])
+            self._progress = progress
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The resumed step needs no checkpoint of its own; what comes after it is done again."""
-        self._saved_step = trainer.global_step
+        if self._progress is not None:
+            settle_validation(trainer, self._progress)
+        self._saved = self._progress
         for logger in trainer.loggers:
             if isinstance(logger, AppendingCSVLogger):
                 logger.resume_at(trainer.global_step)
@@ -117,10 +129,12 @@ class SafeCheckpoints(Checkpoint):
         """After an optimiser step: agree, save if one is due, stop if asked to."""
         if gradients_pending(trainer):
             return
+        done = Progress.after_batch(trainer)
+        self._progress = replace(done, validation_due=validation_due(trainer))
         stop, late = self._agree()
         due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
         if stop or late or due:
-            saved = self._save(trainer, pending=validation_due(trainer))
+            saved = self._save(trainer)
             if stop:
                 log_last_step(trainer)
                 self._stop(trainer, saved)
@@ -136,13 +150,15 @@ class SafeCheckpoints(Checkpoint):
     ) -> None:
         """Stop within a validation; the resumed run repeats the whole validation."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and self._agree()[0]:
-            self._saved_step = -1  # an earlier one of this step may not have the validation pending
-            self._stop(trainer, self._save(trainer, pending=True))
+            self._stop(trainer, self._save(trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save with the metrics of this validation."""
-        if self.after_validation and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._saved_step = -1
+        if trainer.state.fn != "fit" or trainer.sanity_checking or self._progress is None:
+            return
+        self._progress = replace(self._progress, validation_due=False)
+        if self.after_validation:
+            self._saved = None
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -166,15 +182,15 @@ class SafeCheckpoints(Checkpoint):
         raise RunStopped(trainer.global_step)
 
     # -- how ------------------------------------------------------------------------------------
-    def _save(self, trainer: Trainer, pending: bool = False) -> bool:
+    def _save(self, trainer: Trainer) -> bool:
         """Write a checkpoint on all ranks; False (and a warning) where that failed."""
-        if trainer.global_step == self._saved_step:
+        if self._progress is None or self._progress == self._saved:
             return True
         name, error = checkpoint_name(trainer.global_step), None
         self._saved_at = time.monotonic()
         try:
-            self._write(trainer, name, pending)
-            self._saved_step = trainer.global_step
+            self._write(trainer, name, self._progress)
+            self._saved = self._progress
         except (OSError, ValueError) as caught:
             error = caught
             if self._ranks.rank == 0:
@@ -182,7 +198,7 @@ class SafeCheckpoints(Checkpoint):
                 log.warning("checkpoint of step %d NOT written: %s", trainer.global_step, caught)
         return error is None
 
-    def _write(self, trainer: Trainer, name: str, pending: bool) -> None:
+    def _write(self, trainer: Trainer, name: str, progress: Progress) -> None:
         """Write under a temporary name, then commit on rank 0; every step ends in agreement."""
         ranks, module = self._ranks, trainer.lightning_module
         averages = [c for c in trainer.callbacks if isinstance(c, WeightAverage)]  # type: ignore[attr-defined]
@@ -198,8 +214,7 @@ class SafeCheckpoints(Checkpoint):
         ranks.raise_together(error, f"making the folder of {name}")
         folder = self._folder.temporary(name)
         checkpoint = dump_checkpoint(trainer)
-        if pending:
-            mark_validation_pending(checkpoint)
+        progress.put_into(checkpoint)
         records: list[FileRecord] = []
         try:
             trainer.strategy.save_checkpoint(checkpoint, folder / STATE)

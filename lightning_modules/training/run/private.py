@@ -20,11 +20,10 @@ CHECKED = {"lightning": "2.6.6", "deepspeed": "0.19.8", "torch": "2.13.0", "json
 
 
 # -- Lightning: when a checkpoint may be taken, and what is in it --------------------------------
-# Lightning restores a checkpoint taken at the end of a batch by going on with the next batch.
-# Where a validation was due after that batch, or was running, it would be skipped; here the saved
-# counters are made to say "one validation batch begun, none finished", and Lightning then runs the
-# whole validation again before it goes on (its RESTARTED_MID_EVALUATION). Upstream: saving within
-# an epoch was asked for in Lightning-AI/pytorch-lightning#2530 and closed unresolved.
+# Lightning restores a checkpoint taken at the end of a batch by going on with the next batch; what
+# it makes of one taken anywhere else depends on where (`run/loop_state.py` says how that is met).
+# Upstream: saving within an epoch was asked for in Lightning-AI/pytorch-lightning#2530 and closed
+# unresolved.
 
 
 def attached_trainer(module: LightningModule) -> Trainer | None:
@@ -37,25 +36,26 @@ def gradients_pending(trainer: Trainer) -> bool:
     return trainer.fit_loop.epoch_loop._should_accumulate()
 
 
+def epoch_done(trainer: Trainer) -> bool:
+    """At the end of a training batch: whether it is the epoch's last."""
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+
 def validation_due(trainer: Trainer) -> bool:
-    """At the end of a training batch: whether Lightning is about to validate."""
+    """At the end of a training batch: whether the schedule has a validation here.
+
+    One that runs only because the run is about to end (`should_stop`) belongs to that end: a run
+    that goes on has none there.
+    """
     loop = trainer.fit_loop
     fetcher = loop._data_fetcher
-    return fetcher is not None and loop.epoch_loop._should_check_val_fx(fetcher)
-
-
-def mark_validation_pending(checkpoint: dict[str, Any]) -> None:
-    """Change the loops' state in a checkpoint so that a resumed run validates first."""
-    fit = checkpoint["loops"]["fit_loop"]
-    batches = fit["epoch_loop.batch_progress"]
-    for scope in ("total", "current"):
-        batches[scope]["completed"] = batches[scope]["processed"]
-    begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-    fit["epoch_loop.val_loop.batch_progress"] = {
-        "total": dict(begun),
-        "current": dict(begun),
-        "is_last_batch": False,
-    }
+    if fetcher is None:
+        return False
+    ending, trainer.should_stop = trainer.should_stop, False
+    try:
+        return loop.epoch_loop._should_check_val_fx(fetcher)
+    finally:
+        trainer.should_stop = ending
 
 
 def dump_checkpoint(trainer: Trainer) -> dict[str, Any]:

@@ -1,0 +1,71 @@
+"""Every kind of end, and going on from it: the same losses, batches, labels and validations."""
+
+import csv
+
+import pytest
+import tiny_run
+from cluster_runs import REAL, TOTAL, curve, run
+from tiny_run import STEPS_PER_EPOCH, steps
+
+# The length of a cosine is the run's; with a constant rate an untouched longer run is the oracle.
+CONSTANT = {"optimizer": {"schedule": "constant"}, "csv": True}
+
+
+def labels(folder):
+    """(step, loss) and (step, metric) as they were logged."""
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [
+        (int(row["step"]), name, row[name])
+        for row in rows
+        for name in ("train/loss", "val/map_avg")
+        if row.get(name)
+    ]
+
+
+@pytest.fixture(scope="module")
+def oracle(zygote, tmp_path_factory):
+    known = {}
+
+    def outcome_of(world, **options):
+        key = world, str(sorted(options.items()))
+        if key not in known:
+            folder = tmp_path_factory.mktemp("oracle")
+            done = run(zygote, folder, world=world, **REAL, **{**CONSTANT, **options})
+            assert done.codes == [0] * world, done.text()
+            known[key] = curve(folder, world), labels(folder)
+        return known[key]
+
+    return outcome_of
+
+
+ENDS = {
+    "max_steps": {"trainer_options": {"max_steps": 7}},
+    "max_steps at an epoch's end": {"trainer_options": {"max_steps": 10}},
+    "max_epochs": {"epochs": 1},
+    "max_epochs and max_steps": {"epochs": 1, "trainer_options": {"max_steps": 40}},
+    "should_stop": {"trouble": {"at": 7, "where": "should_stop"}},
+    "should_stop at an epoch's end": {"trouble": {"at": 10, "where": "should_stop"}},
+    "a signal": {"trouble": {"at": 6}},
+}
+CONTINUATIONS = {
+    "max_epochs": {},
+    "max_steps": {"epochs": -1, "trainer_options": {"max_steps": TOTAL}},
+    "both": {"trainer_options": {"max_steps": TOTAL}},
+}
+
+
+@pytest.mark.parametrize("more", CONTINUATIONS)
+@pytest.mark.parametrize("end", ENDS)
+def test_a_run_goes_on_exactly_after_every_end(zygote, tmp_path, oracle, end, more):
+    first = run(zygote, tmp_path, world=1, **REAL, **{**CONSTANT, **ENDS[end]})
+    assert first.codes == [85 if end == "a signal" else 0], first.text()
+    assert len(steps(tmp_path)) < TOTAL
+    last = run(zygote, tmp_path, world=1, **REAL, **CONSTANT, **CONTINUATIONS[more])
+    assert last.codes == [0], last.text()
+    assert len(steps(tmp_path)) == TOTAL
+    whole, logged = oracle(1)
+    assert curve(tmp_path, 1) == whole
+    early = [row for row in labels(tmp_path) if row not in logged]
+    assert all(name == "val/map_avg" and "should_stop" in end for _, name, _ in early)
+    assert [row for row in labels(tmp_path) if row not in early] == logged
