@@ -3,9 +3,8 @@
 import csv
 
 import pytest
-import tiny_run
 from cluster_runs import REAL, TOTAL, curve, run
-from tiny_run import STEPS_PER_EPOCH, steps
+from tiny_run import steps
 
 # The length of a cosine is the run's; with a constant rate an untouched longer run is the oracle.
 CONSTANT = {"optimizer": {"schedule": "constant"}, "csv": True}

@@ -179,7 +179,7 @@ class Trouble(Callback):
         self._strike(trainer, "train")
 
     def on_train_batch_end(self, trainer, module, *args):
-        """`weights`: something spoils a weight after step `at`; `should_stop`: as early stopping."""
+        """`weights`: something spoils a weight after step `at`; `should_stop`: early stopping."""
         if self.where == "should_stop" and trainer.global_step == self.at:
             trainer.should_stop = True
         if self.where == "weights" and trainer.global_step == self.at:
