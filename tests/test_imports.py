@@ -45,6 +45,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "lightning_modules.training.run.private",
     ),
     "lightning_modules.training.run": (
+        "lightning_modules.checkpoints.plain_data",
         "lightning_modules.training.monitor.csv_log",
         "lightning_modules.training.optim",
     ),
@@ -54,7 +55,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "lightning_modules.training": (
         "datamodules",
+<<<<<<< HEAD
         "lightning_modules.packaged",
+=======
+        "lightning_modules.checkpoints",
+>>>>>>> 567c7b0 (No code in a run's folder runs: plain data only, DeepSpeed's files and the universal form included; the universal form is verified)
         "lightning_modules.training",
     ),
     "lightning_modules.evaluation": (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_modules.checkpoints.plain_data import plain_data_only
 
 
 def is_deepspeed_folder(folder: Path) -> bool:
@@ -32,10 +33,8 @@ def consolidate(folder: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: a rank's file is missing, damaged, or holds more than tensors and plain data.
     """
-    if not os.environ.get("DS_ACCELERATOR") and not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"  # or the import warns that it found no accelerator
     try:
-        with _only_plain_data():
+        with plain_data_only(deepspeed=True), _quietly():
             if not any(folder.glob("*_optim_states.pt")):  # stage 0 shards nothing
                 return _unsharded(folder)
             from deepspeed.utils import zero_to_fp32
@@ -63,33 +62,15 @@ def _unsharded(folder: Path) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _only_plain_data() -> Iterator[None]:
-    """Make every torch.load inside refuse code, and DeepSpeed's functions quiet.
-
-    DeepSpeed's own consolidation passes weights_only=False. This variable overrides it, and three
-    plain classes of DeepSpeed's files are admitted by name.
-    """
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        with (
-            torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),  # its progress bars
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+def _quietly() -> Iterator[None]:
+    """Keep DeepSpeed's prints and progress bars away."""
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _reason(error: Exception) -> str:

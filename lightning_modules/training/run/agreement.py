@@ -6,6 +6,8 @@ the GPU's queue, and have to work while that queue is stuck or its tensors are n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -52,6 +54,23 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
+
+    @contextmanager
+    def together(self, doing: str) -> Iterator[None]:
+        """What each rank does by itself, ended by an agreement that it worked everywhere.
+
+        No rank is left in a collective by another's exception, whatever its type; nothing inside
+        may be a collective.
+
+        Raises:
+            OSError: Some rank failed; raised on all of them.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        self.raise_together(error, doing)
 
     def raise_together(self, error: BaseException | None, doing: str) -> None:
         """Raise on every rank if any rank failed, naming the ranks and their reasons.

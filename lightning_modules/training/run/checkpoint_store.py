@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -24,7 +25,7 @@ from typing import Any
 
 MANIFEST, LATEST, STATE, UNIVERSAL = "manifest.json", "latest", "state", "universal"
 FOLDER_KEY = "eva02_at_folder"  # tells callbacks which checkpoint folder was loaded
-_TEMPORARY, _TRASH = ".tmp-", ".trash-"
+_TEMPORARY, _TRASH, _REPLACED = ".tmp-", ".trash-", ".replaced-"
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,10 @@ class Manifest:
             raise ValueError(f"{folder.name}: no {MANIFEST}, it was never completed") from error
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{folder.name}: unreadable {MANIFEST} ({error})") from error
+
+    def write(self, folder: Path) -> None:
+        """Write it into a checkpoint folder and flush it to the disk."""
+        _write_durably(folder / MANIFEST, json.dumps(asdict(self), indent=1))
 
 
 def file_record(root: Path, path: Path) -> FileRecord:
@@ -127,12 +132,16 @@ class CheckpointFolder:
         pointer = self.root / f".{LATEST}"
         # everything that needs disk space comes before the first rename
         _write_durably(pointer, name + "\n")
-        _write_durably(folder / MANIFEST, json.dumps(asdict(manifest), indent=1))
-        self._remove(final)  # a damaged one of the same step, written before a restart
+        manifest.write(folder)
+        replaced = self.root / f"{_REPLACED}{name}"
+        if final.exists():  # of the same step: before its validation, or damaged
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         folder.rename(final)
         _sync_folder(self.root)
         pointer.replace(self.root / LATEST)
         _sync_folder(self.root)
+        shutil.rmtree(replaced, ignore_errors=True)
         return final
 
     def names(self) -> list[str]:
@@ -142,9 +151,12 @@ class CheckpointFolder:
     def candidates(self) -> list[str]:
         """Checkpoints to try on resume, best first: the `latest` pointer's, then newest first."""
         names = sorted((p.name for p in self.root.glob("step-*") if p.is_dir()), reverse=True)
+        replaced = sorted((p.name for p in self.root.glob(f"{_REPLACED}step-*")), reverse=True)
+        # a process died between the two renames of a commit
+        names += [name for name in replaced if name.removeprefix(_REPLACED) not in names]
         try:
             pointed = (self.root / LATEST).read_text().strip()
-        except OSError:
+        except (OSError, UnicodeDecodeError):
             return names
         return sorted(names, key=lambda name: name != pointed)
 
@@ -153,6 +165,22 @@ class CheckpointFolder:
         for prefix in (_TEMPORARY, _TRASH):
             for path in self.root.glob(f"{prefix}*"):
                 shutil.rmtree(path, ignore_errors=True)
+        for path in self.root.glob(f"{_REPLACED}*"):
+            name = path.name.removeprefix(_REPLACED)
+            if (self.root / name).exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.rename(self.root / name)
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Metrics of every checkpoint whose manifest can be read, oldest first."""
+        found = {}
+        for name in self.names():
+            try:
+                found[name] = Manifest.read(self.root / name).metrics
+            except ValueError:
+                continue  # damaged: neither counted among the newest nor the best
+        return found
 
     def prune(self, keep_last: int, keep_best: int, monitor: str | None, mode: str) -> list[str]:
         """Remove all but the newest `keep_last` and the best `keep_best`; returns the removed.
@@ -163,20 +191,16 @@ class CheckpointFolder:
             monitor: Name of the metric in the manifests.
             mode: `max` or `min`.
         """
-        names = self.names()
         if keep_last <= 0:
             return []
-        keep = set(names[-keep_last:])
+        metrics = self.metrics()
+        keep = set(list(metrics)[-keep_last:])
         if monitor is not None and keep_best > 0:
-            scored = {n: Manifest.read(self.root / n).metrics.get(monitor) for n in names}
             sign = 1.0 if mode == "max" else -1.0
-            ranked = sorted(
-                (name for name, value in scored.items() if value is not None),
-                key=lambda name: sign * scored[name],  # type: ignore[operator]
-                reverse=True,
-            )
-            keep |= set(ranked[:keep_best])
-        removed = [name for name in names if name not in keep]
+            scored = {name: row[monitor] for name, row in metrics.items() if monitor in row}
+            finite = [name for name, value in scored.items() if math.isfinite(value)]
+            keep |= set(sorted(finite, key=lambda name: sign * scored[name])[-keep_best:])
+        removed = [name for name in metrics if name not in keep]
         for name in removed:
             self._remove(self.root / name)
         return removed

@@ -49,9 +49,7 @@ class Progress:
 
         Lightning has not counted the batch as completed yet, and the epoch is the one in progress.
         """
-        batches: Any = (
-            trainer.fit_loop.epoch_loop.batch_progress
-        )  # typed by a base class without `processed`
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress  # typed without `processed`
         return Progress(
             epoch=trainer.current_epoch,
             batches=batches.current.processed,

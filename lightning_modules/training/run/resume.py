@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_modules.checkpoints.plain_data import foreign_content, plain_data_only
 from lightning_modules.training.run.agreement import Ranks
 from lightning_modules.training.run.checkpoint_store import (
     MANIFEST,
     CheckpointFolder,
+    FileRecord,
     Manifest,
     check_contents,
     check_sizes,
 )
 
 log = logging.getLogger(__name__)
+_NOT_PICKLED = {".safetensors", ".json", ".yaml"}
 
 
 def resolve_checkpoint(path: str | Path, ranks: Ranks) -> tuple[Path, Manifest]:
@@ -38,7 +42,7 @@ def resolve_checkpoint(path: str | Path, ranks: Ranks) -> tuple[Path, Manifest]:
         root, names = path.parent, [path.name]
     complaints = []
     for name in names:
-        complaint = _verify(root / name, ranks)
+        complaint = verify(root / name, ranks)
         if complaint is None:
             return root / name, Manifest.read(root / name)
         complaints.append(complaint)
@@ -50,13 +54,31 @@ def resolve_checkpoint(path: str | Path, ranks: Ranks) -> tuple[Path, Manifest]:
     )
 
 
-def _verify(folder: Path, ranks: Ranks) -> str | None:
-    """Return what is wrong with a checkpoint, agreed on by all ranks, or None."""
+def verify(folder: Path, ranks: Ranks) -> str | None:
+    """Return what is wrong with a checkpoint, agreed on by all ranks, or None.
+
+    Whole, unchanged, and of its pickles none that holds more than tensors and plain data.
+    """
     complaint = None
     try:
         manifest = Manifest.read(folder)
         check_sizes(folder, manifest)
-        check_contents(folder, manifest.files[ranks.rank :: ranks.size])
-    except (ValueError, OSError) as error:
-        complaint = str(error)
+        share = manifest.files[ranks.rank :: ranks.size]
+        check_contents(folder, share)
+        _check_plain(folder, share, deepspeed=manifest.strategy != "plain")
+    except Exception as error:
+        complaint = str(error) or type(error).__name__
     return next((told for told in ranks.gather(complaint) if told is not None), None)
+
+
+def _check_plain(folder: Path, records: Sequence[FileRecord], deepspeed: bool) -> None:
+    with plain_data_only(deepspeed=deepspeed):
+        for record in records:
+            if Path(record.path).suffix in _NOT_PICKLED:
+                continue
+            told = foreign_content(folder / record.path)
+            if told is not None:
+                raise ValueError(
+                    f"{folder.name}: {record.path} {told}; a pickle can run any code, and only "
+                    "tensors and plain data are read"
+                )

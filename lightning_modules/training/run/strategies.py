@@ -8,6 +8,7 @@ import os
 import shutil
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,14 +17,21 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
 
+from lightning_modules.checkpoints.plain_data import load_plain, plain_data_only
 from lightning_modules.training.run.agreement import Ranks, run_ranks
-from lightning_modules.training.run.checkpoint_store import FOLDER_KEY, STATE, UNIVERSAL, Manifest
+from lightning_modules.training.run.checkpoint_store import (
+    FOLDER_KEY,
+    STATE,
+    UNIVERSAL,
+    Manifest,
+    file_record,
+)
 from lightning_modules.training.run.private import (
     load_universal,
     loads_universal,
     write_no_recovery_script,
 )
-from lightning_modules.training.run.resume import resolve_checkpoint
+from lightning_modules.training.run.resume import resolve_checkpoint, verify
 
 log = logging.getLogger(__name__)
 _TAG = "checkpoint"
@@ -44,7 +52,7 @@ class PlainCheckpointIO(TorchCheckpointIO):
     ) -> Any:
         """Load a checkpoint of the store, or any other Lightning file as it is."""
         if Path(path).is_file():
-            return super().load_checkpoint(path, map_location, weights_only)
+            return load_plain(Path(path))
         folder, manifest = resolve_checkpoint(path, run_ranks())
         if manifest.strategy != "plain":
             raise ValueError(
@@ -52,9 +60,7 @@ class PlainCheckpointIO(TorchCheckpointIO):
                 "start from its weights: `eva02-at convert`, then model.init_checkpoint"
             )
         log.info("resuming from %s", folder)
-        # our own file, its contents verified: the loops' state is more than plain tensors
-        checkpoint = torch.load(folder / STATE, map_location="cpu", weights_only=False)
-        return {**checkpoint, FOLDER_KEY: str(folder)}
+        return {**load_plain(folder / STATE), FOLDER_KEY: str(folder)}
 
 
 class ZeroStrategy(DeepSpeedStrategy):
@@ -165,12 +171,13 @@ class ZeroStrategy(DeepSpeedStrategy):
         if manifest.world_size != self.world_size:
             source = self._universal(folder, manifest, ranks)
         log.info("resuming from %s", source)
-        _, client_state = self.deepspeed_engine.load_checkpoint(
-            str(source),
-            tag=_TAG,
-            load_lr_scheduler_states=False,
-            load_module_strict=self.lightning_module.strict_loading,
-        )
+        with plain_data_only(deepspeed=True):
+            _, client_state = self.deepspeed_engine.load_checkpoint(
+                str(source),
+                tag=_TAG,
+                load_lr_scheduler_states=False,
+                load_module_strict=self.lightning_module.strict_loading,
+            )
         if loads_universal(self.deepspeed_engine):
             load_universal(self.deepspeed_engine, False)  # for the next save
             if self.stage == 3:
@@ -180,14 +187,12 @@ class ZeroStrategy(DeepSpeedStrategy):
     def _universal(self, folder: Path, manifest: Manifest, ranks: Ranks) -> Path:
         """Convert a checkpoint for another number of ranks, once, and switch loading to it."""
         target = folder / UNIVERSAL
-        error: Exception | None = None
-        if ranks.rank == 0 and not target.exists():
-            log.info("converting %s from %d ranks", folder, manifest.world_size)
-            try:
-                _convert_to_universal(folder / STATE / _TAG, target)
-            except Exception as caught:
-                error = caught
-        ranks.raise_together(error, f"converting {folder} for {self.world_size} ranks")
+        complaint = verify(target, ranks)
+        with ranks.together(f"converting {folder} for {self.world_size} ranks"):
+            if ranks.rank == 0 and complaint is not None:
+                log.info("converting %s from %d ranks", folder, manifest.world_size)
+                with plain_data_only(deepspeed=True):
+                    _convert_to_universal(folder / STATE / _TAG, target, manifest)
         load_universal(self.deepspeed_engine, True)
         return target
 
@@ -233,8 +238,11 @@ def _part_universal_groups(optimizer: torch.optim.Optimizer, own: list[dict[str,
         state["step"] = state["step"].clone()
 
 
-def _convert_to_universal(source: Path, target: Path) -> None:
-    """Write DeepSpeed's universal format to `target`, which appears only when it is complete."""
+def _convert_to_universal(source: Path, target: Path, manifest: Manifest) -> None:
+    """Write DeepSpeed's universal format to `target`, with a manifest of its own.
+
+    It appears only when it is complete.
+    """
     from deepspeed.checkpoint import ds_to_universal
 
     temporary = target.with_name(f".{target.name}")
@@ -250,6 +258,10 @@ def _convert_to_universal(source: Path, target: Path) -> None:
             inject_missing_state=True,
         )
     )
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    records = [file_record(temporary, path) for path in files]
+    replace(manifest, files=records).write(temporary)
+    shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
 
 

@@ -1,0 +1,78 @@
+"""Reading what torch pickled without running anything: tensors and plain data, or nothing.
+
+A checkpoint's hashes say that it is what somebody wrote, not who wrote it. DeepSpeed reads its
+files with `weights_only=False`; inside `plain_data_only` torch does not heed that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+@contextlib.contextmanager
+def plain_data_only(*, deepspeed: bool = False) -> Iterator[None]:
+    """Make every `torch.load` inside refuse whatever is not a tensor or plain data.
+
+    Args:
+        deepspeed: Admit, by name, the three plain classes that DeepSpeed's files hold.
+    """
+    before = os.environ.get(_FORCE)
+    os.environ[_FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals(_deepspeed_classes() if deepspeed else []):
+            yield
+    finally:
+        if before is None:
+            del os.environ[_FORCE]
+        else:
+            os.environ[_FORCE] = before
+
+
+def _deepspeed_classes() -> list[Any]:
+    if not os.environ.get("DS_ACCELERATOR") and not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # or the import warns that it found no accelerator
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, ZeroStageEnum, fragment_address]
+
+
+def foreign_content(path: Path) -> str | None:
+    """Say what a torch file holds beside tensors and plain data; None if nothing.
+
+    Reads the file's table and not its tensors. Call it inside `plain_data_only`.
+    """
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (ValueError, RuntimeError, pickle.UnpicklingError, KeyError, EOFError) as error:
+        return f"is no file that torch.save writes ({str(error).splitlines()[0]})"
+    return f"holds {', '.join(sorted(names))}" if names else None
+
+
+def load_plain(path: Path) -> Any:
+    """`torch.load` to the CPU of a file with tensors and plain data.
+
+    Raises:
+        ValueError: it holds more, or cannot be read.
+    """
+    try:
+        with plain_data_only():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        with plain_data_only():
+            told = foreign_content(path)
+        raise ValueError(
+            f"{path} {told or f'cannot be read ({str(error).splitlines()[0]})'}; only tensors and "
+            "plain data are read from a checkpoint, because a pickle can run any code. Mend: start "
+            "from its weights, as safetensors, with model.init_checkpoint"
+        ) from None
