@@ -55,11 +55,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "lightning_modules.training": (
         "datamodules",
-<<<<<<< HEAD
         "lightning_modules.packaged",
-=======
         "lightning_modules.checkpoints",
->>>>>>> 567c7b0 (No code in a run's folder runs: plain data only, DeepSpeed's files and the universal form included; the universal form is verified)
         "lightning_modules.training",
     ),
     "lightning_modules.evaluation": (

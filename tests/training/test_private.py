@@ -13,6 +13,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_modules.training.recipe import RecipeParser
 from lightning_modules.training.run import private
+from lightning_modules.training.run.loop_state import Progress
 
 ROOT = Path(__file__).parents[2]
 THE_FILE = "lightning_modules/training/run/private.py"
@@ -131,8 +132,12 @@ def test_the_loops_tell_where_they_stand(trainer):
     assert [due for _, due in probe.seen] == [False, False, True, False]
     checkpoint = private.dump_checkpoint(trainer)
     assert set(checkpoint) >= {"state_dict", "optimizer_states", "loops", "global_step"}
-    private.mark_validation_pending(checkpoint)
-    counts = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["current"]
+    fit = checkpoint["loops"]["fit_loop"]
+    shape = {name: sorted(counts) for name, counts in fit.items()}
+    stands = Progress(0, 4, 4, 2, accumulate=2, epoch_done=True, validation_due=True)
+    stands.place(trainer, checkpoint["loops"])
+    assert {name: sorted(counts) for name, counts in fit.items()} == shape  # Lightning's own names
+    counts = fit["epoch_loop.val_loop.batch_progress"]["current"]
     assert (counts["started"], counts["processed"]) == (1, 0)
 
 
