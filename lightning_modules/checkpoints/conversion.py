@@ -91,7 +91,8 @@ def load_model(
         if described is not None:
             architecture = read_config(described)
         else:
-            architecture, assumed = guess_config(translate(tensors).tensors)
+            translated = translate(tensors)
+            architecture, assumed = guess_config(translated.tensors, translated.settings)
     except ValueError as error:
         raise ValueError(f"checkpoint {source.path}: {error}") from None
     architecture = for_inference(with_settings(architecture, settings))

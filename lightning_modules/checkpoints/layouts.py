@@ -16,6 +16,14 @@ from torch import Tensor
 _WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
 _PREFIX = re.compile(r"^(?:module\.|model\.|_orig_mod\.)+")
 _VISUAL_MARKS = ("cls_token", "class_embedding", "conv1.weight", "patch_embed.proj.weight")
+# What AVION's code fixes and no shape tells: nn.GELU in both towers, epsilon 1e-6 in the video one
+# (avion/models/transformer.py), whatever weights a run started from.
+_AVION: dict[str, str | float] = {
+    "vision.activation": "gelu",
+    "vision.norm_eps": 1e-6,
+    "text.activation": "gelu",
+}
+_AVION_MARKS = ("visual.image_projection", "visual.temporal_embedding")
 _ROTARY = re.compile(r"(^|\.)rope\.")
 
 # (pattern of a key within its tower, replacement), applied in this order.
@@ -61,11 +69,14 @@ class Translation:
         tensors: Our key -> tensor, of the shapes the file has.
         sources: Our key -> the file's keys it was made of.
         ignored: Keys of the file that mean nothing here (rotary tables, other modules).
+        settings: Fields of the configuration that follow from whose layout it is, by their dotted
+            names (`vision.norm_eps`); shapes do not tell them.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
+    settings: dict[str, str | float] = field(default_factory=dict)
 
     def add(self, key: str, tensor: Tensor, sources: tuple[str, ...]) -> None:
         """Add one tensor; two keys of a file for one parameter are an error."""
@@ -111,7 +122,7 @@ def translate(tensors: Mapping[str, Tensor]) -> Translation:
     Args:
         tensors: Keys to tensors, as `unwrap` returns them.
     """
-    found = Translation()
+    found = Translation(settings=dict(_AVION) if _is_avions(tensors) else {})
     parts: dict[str, tuple[Tensor, str]] = {}
     place = _tower_of(tensors)
     for key, tensor in tensors.items():
@@ -124,6 +135,13 @@ def translate(tensors: Mapping[str, Tensor]) -> Translation:
             _add(found, parts, tower, rest, key, tensor)
     _join_parts(found, parts)
     return found
+
+
+def _is_avions(keys: Iterable[str]) -> bool:
+    """AVION's ViT has OpenAI's blocks, with a time and a projection that OpenAI's has not."""
+    known = set(keys)
+    blocks = any(key.startswith("visual.transformer.resblocks.") for key in known)
+    return blocks and not known.isdisjoint(_AVION_MARKS)
 
 
 def _tower_of(keys: Iterable[str]) -> Callable[[str], tuple[str | None, str]]:

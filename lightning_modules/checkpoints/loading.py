@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_modules.checkpoints.layouts import Translation, translate, unwrap
-from lightning_modules.models import DualEncoder
+from lightning_modules.models import DualEncoder, DualEncoderConfig
 from lightning_modules.models.interpolate import interpolate_spatial, interpolate_temporal
 
 _log = logging.getLogger(__name__)
@@ -39,6 +39,8 @@ class LoadReport:
         interpolated: Parameters resampled to the model's frames or grid, with both shapes.
         reinitialised: Projections that keep the model's fresh values, because the checkpoint's
             are for another shared dimension.
+        differs: What the checkpoint's layout says of the model and the model does not do, such as
+            another activation. Nothing fails by it, and features are not the publisher's.
     """
 
     used: list[str] = field(default_factory=list)
@@ -46,6 +48,7 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     interpolated: dict[str, str] = field(default_factory=dict)
     reinitialised: list[str] = field(default_factory=list)
+    differs: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
         """One line for a run's log."""
@@ -57,6 +60,7 @@ class LoadReport:
             ("fresh, for the new shared dimension", self.reinitialised),
             ("not in the checkpoint", self.missing),
             ("ignored", self.ignored),
+            ("NOT as the checkpoint was trained", self.differs),
         ):
             if names:
                 parts.append(f"{title}: {_some(names)}")
@@ -98,8 +102,22 @@ def load_clip_checkpoint(
     with torch.no_grad():
         for key, tensor in loaded.items():
             parameters[key].copy_(tensor)
+    report.differs = _differences(found.settings, model.config)
+    for difference in report.differs:
+        _log.warning("%s was trained otherwise: %s", name, difference)
     _log.info("%s: %s", name, report.summary())
     return report
+
+
+def _differences(settings: Mapping[str, str | float], config: DualEncoderConfig) -> list[str]:
+    """What a layout tells of a model (`vision.activation`) and this model has otherwise."""
+    told = []
+    for name, expected in settings.items():
+        tower, field_name = name.split(".")
+        found = getattr(getattr(config, tower), field_name)
+        if found != expected:
+            told.append(f"{name} is {found} here, {expected} there")
+    return told
 
 
 def read_checkpoint(path: str | PathLike[str]) -> object:

@@ -25,7 +25,7 @@ from lightning_modules.models import (
 
 FORMAT = "eva02-at model"
 _QUICK_GELU_NOTE = (
-    "quick_gelu, as in OpenAI's and AVION's models; for open_clip's LAION models add "
+    "quick_gelu, as in OpenAI's models; for open_clip's LAION models add "
     "--set vision.activation=gelu --set text.activation=gelu"
 )
 
@@ -146,14 +146,17 @@ def for_inference(config: DualEncoderConfig) -> DualEncoderConfig:
     )
 
 
-def guess_config(tensors: Mapping[str, Tensor]) -> tuple[DualEncoderConfig, list[str]]:
+def guess_config(
+    tensors: Mapping[str, Tensor], settings: Mapping[str, str | float] | None = None
+) -> tuple[DualEncoderConfig, list[str]]:
     """Tell the architecture from the shapes of a published checkpoint.
 
     Shapes do not tell the number of heads, the activation or rotary time: they are those of the
-    preset of this size.
+    preset of this size, but for what the layout itself tells.
 
     Args:
         tensors: In this project's keys, as `checkpoints.layouts.translate` returns them.
+        settings: What the layout tells, of the same source.
 
     Returns:
         The configuration, and what had to be assumed.
@@ -171,7 +174,7 @@ def guess_config(tensors: Mapping[str, Tensor]) -> tuple[DualEncoderConfig, list
                 f"no preset has its size ({described}); name its configuration with --config "
                 "(a run's config.yaml, or a JSON as `eva02-at convert` writes it)"
             )
-        return _fill(found, shapes)
+        return _fill(found, shapes, settings or {})
     except KeyError as error:
         raise ValueError(
             f"it lacks {error.args[0]}; a whole dual encoder (video and text tower) is expected"
@@ -207,7 +210,9 @@ def _depth(shapes: Mapping[str, tuple[int, ...]], tower: str) -> int:
 
 
 def _fill(
-    preset: DualEncoderConfig, shapes: Mapping[str, tuple[int, ...]]
+    preset: DualEncoderConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    settings: Mapping[str, str | float],
 ) -> tuple[DualEncoderConfig, list[str]]:
     """Give a preset the resolution, frames and shared dimension of the file."""
     assumed = []
@@ -225,7 +230,10 @@ def _fill(
             f"vision.temporal={temporal} with a temporal embedding of zero (the file has none), "
             f"vision.num_frames={frames}"
         )
-    if vision.activation == "quick_gelu":
+    if settings:
+        told = ", ".join(f"{name}={value}" for name, value in settings.items())
+        assumed.append(f"{told}, which come with the file's layout")
+    elif vision.activation == "quick_gelu":
         assumed.append(f"vision.activation and text.activation are {_QUICK_GELU_NOTE}")
     vision = dataclasses.replace(
         vision, image_size=side * vision.patch_size, num_frames=frames, temporal=temporal
@@ -236,4 +244,5 @@ def _fill(
         context_length=shapes["text.positional_embedding"][0],
     )
     embed_dim = shapes["text.head.weight"][0]
-    return dataclasses.replace(preset, vision=vision, text=text, embed_dim=embed_dim), assumed
+    config = dataclasses.replace(preset, vision=vision, text=text, embed_dim=embed_dim)
+    return with_settings(config, [f"{name}={value}" for name, value in settings.items()]), assumed

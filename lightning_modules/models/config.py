@@ -221,6 +221,8 @@ def resolve_config(
     num_frames: int | None = None,
     image_size: int | None = None,
     temporal: str | None = None,
+    activation: str | None = None,
+    norm_eps: float | None = None,
     attention_backend: str | None = None,
     activation_checkpointing: bool | None = None,
     compile_blocks: bool | None = None,
@@ -228,6 +230,9 @@ def resolve_config(
     drop_path: float | None = None,
 ) -> DualEncoderConfig:
     """Return a preset or config with the given fields replaced; None keeps a field.
+
+    `activation` is both towers' (EVA-02's video tower has SwiGLU whatever it says), `norm_eps` the
+    video tower's.
 
     Raises:
         ValueError: for an unknown preset or an impossible combination.
@@ -242,6 +247,8 @@ def resolve_config(
         "image_size": image_size,
         "num_frames": num_frames,
         "temporal": temporal,
+        "activation": activation,
+        "norm_eps": norm_eps,
         "patch_dropout": patch_dropout,
         "drop_path": drop_path,
     }
@@ -254,6 +261,7 @@ def resolve_config(
     return replace(
         config,
         vision=replace(config.vision, **_given(vision)),
+        text=replace(config.text, **_given({"activation": activation})),
         **_given(shared),
     )
 
@@ -273,6 +281,9 @@ class ModelConfig:
         image_size: Pixels; null keeps the preset's.
         temporal: "none", "learnable", "rotary", "both" or "split"; null keeps the preset's
             ("both" for EVA02-AT, "learnable" for the CLIP ViT baselines).
+        activation: "gelu" or "quick_gelu" in both towers (EVA-02's video tower keeps SwiGLU); null
+            keeps the preset's: the weights to start from were trained with it.
+        norm_eps: Epsilon of the video tower's LayerNorms; null keeps the preset's.
         attention_backend: "auto", "reference", "sdpa", "xformers" or "triton".
         activation_checkpointing: Recompute each block in the backward pass.
         compile_blocks: Compile each block with torch.compile.
@@ -285,6 +296,8 @@ class ModelConfig:
     num_frames: int = 4
     image_size: int | None = None
     temporal: str | None = None
+    activation: str | None = None
+    norm_eps: float | None = None
     attention_backend: str = "auto"
     activation_checkpointing: bool = False
     compile_blocks: bool = False

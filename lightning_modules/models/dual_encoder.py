@@ -119,9 +119,9 @@ def build_dual_encoder(preset: str | DualEncoderConfig, **overrides: Any) -> Dua
 
     Args:
         preset: A name in `PRESETS`, or a config.
-        **overrides: embed_dim, num_frames, image_size, temporal, attention_backend,
-            activation_checkpointing, compile_blocks, patch_dropout, drop_path; None keeps the
-            preset's value.
+        **overrides: embed_dim, num_frames, image_size, temporal, activation, norm_eps,
+            attention_backend, activation_checkpointing, compile_blocks, patch_dropout, drop_path;
+            None keeps the preset's value.
 
     Raises:
         ValueError: for an unknown preset or override, or an impossible combination.

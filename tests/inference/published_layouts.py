@@ -183,12 +183,16 @@ def avion(model: DualEncoder) -> dict:
         [
             *_VISUAL_TO_OPENAI,
             (r"^(visual\..*)in_proj_weight", r"\1Wqkv.weight"),
+            (r"^(visual\..*)\.mlp\.c_fc\.", r"\1.mlp.fc1."),
+            (r"^(visual\..*)\.mlp\.c_proj\.", r"\1.mlp.fc2."),
             (r"^visual\.proj", "visual.image_projection"),
             (r"^text\.", "textual."),
         ],
     )
     state["visual.image_projection"] = state["visual.image_projection"].t()
     state["visual.conv1.weight"] = state["visual.conv1.weight"].flatten(1)
+    state["visual.class_embedding"] = state["visual.class_embedding"].flatten()
+    state["visual.positional_embedding"] = state["visual.positional_embedding"][0]
     state.pop("visual.temporal_embed")
     state["visual.temporal_embedding"] = time
     state = {f"module.{key}": value for key, value in state.items()}
