@@ -14,6 +14,7 @@ import io
 import json
 import math
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -24,10 +25,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.files import write_atomically
+from datamodules.manifest_rules import manifest_fault
+from datamodules.manifest_rules import name_fault as name_fault
 from datamodules.stream.cache import FileCache, is_remote, read_bytes
 
 FORMAT = "eva02-at-shards-1"
 MANIFEST_NAME = "manifest.json"
+# An index has some hundred bytes a sample; a few MB of zip can hold any number of zeros.
+MAX_INDEX_BYTES = 1 << 28
 # One row a sample: where the video and the metadata lie, and the CRC-32 of the video's bytes.
 INDEX_DTYPE = np.dtype(
     [
@@ -38,6 +43,10 @@ INDEX_DTYPE = np.dtype(
         ("crc32", "<u4"),
     ]
 )
+
+
+class WrongManifest(ValueError):
+    """A manifest and an intact index contradict each other: no damage, but a mistake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +161,15 @@ class ShardIndex:
         return json.loads(self.lines[row])["key"]
 
     def record(self, row: int) -> ClipRecord:
-        """Metadata of a sample."""
-        return record_from_json(json.loads(self.lines[row]))
+        """Metadata of a sample.
+
+        Raises:
+            ValueError: Its line is no record.
+        """
+        try:
+            return record_from_json(json.loads(self.lines[row]))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"row {row} of the index is no record: {error!r:.200}") from error
 
     def to_bytes(self) -> bytes:
         """Serialise; the same index gives the same bytes."""
@@ -167,6 +183,10 @@ class ShardIndex:
     def from_bytes(cls, data: bytes, where: str) -> ShardIndex:
         """Read what `to_bytes` wrote; `where` names the file in the error."""
         try:
+            with zipfile.ZipFile(io.BytesIO(data)) as packed:
+                size = sum(member.file_size for member in packed.infolist())
+            if size > MAX_INDEX_BYTES:
+                raise ValueError(f"it unpacks to {size} bytes; {MAX_INDEX_BYTES} are the most")
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 rows = arrays["rows"]
                 head, *lines = arrays["table"].tobytes().split(b"\n")
@@ -174,7 +194,19 @@ class ShardIndex:
             if rows.dtype != INDEX_DTYPE or len(lines) != len(rows):
                 raise ValueError("its columns do not fit each other")
             return cls(rows, lines, content["tar"], content["rejects"])
-        except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OSError,
+            EOFError,
+            MemoryError,
+            RecursionError,
+            NotImplementedError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
             raise ValueError(
                 f"{where} is no intact shard index ({error}); rebuild it with "
                 "`eva02-at shards build --index-only`"
@@ -294,6 +326,9 @@ class Manifest:
                 f"{place} is no manifest of format {FORMAT!r}; write one with "
                 "`eva02-at shards build`, or for existing tars with its --index-only"
             )
+        fault = manifest_fault(content)
+        if fault is not None:
+            raise ValueError(f"{place} is no manifest that can be used: {fault}")
         return cls(
             root=root,
             shards=tuple(Shard(**shard) for shard in content["shards"]),
@@ -309,7 +344,8 @@ class Manifest:
             cache: Keeps a copy of a remote one.
 
         Raises:
-            ValueError: It is missing, damaged, or belongs to another build.
+            ValueError: It is missing, damaged, or belongs to another build; `WrongManifest` if it
+                is what the manifest names and holds another number of samples.
         """
         shard = self.shards[number]
         where = self.url(shard.index)
@@ -326,7 +362,13 @@ class Manifest:
                 f"{where} is not the file that the manifest names (its SHA-256 differs); copy it "
                 "again or rebuild the manifest"
             )
-        return ShardIndex.from_bytes(data, where)
+        index = ShardIndex.from_bytes(data, where)
+        if len(index) != shard.num_samples:
+            raise WrongManifest(
+                f"the manifest says that {shard.name} holds {shard.num_samples} samples, its index "
+                f"{shard.index} {len(index)}; write the manifest anew"
+            )
+        return index
 
 
 def load_records(manifest: Manifest) -> list[ClipRecord]:
@@ -334,9 +376,22 @@ def load_records(manifest: Manifest) -> list[ClipRecord]:
 
     For data sets of some hundred thousand clips (EK-100: 67,217 in well under a second); the
     training stream of larger ones never needs it.
+
+    Raises:
+        ValueError: An index cannot be read, or two clips have one name.
     """
     records: list[ClipRecord] = []
-    for number in range(len(manifest.shards)):
+    seen: dict[str, str] = {}
+    for number, shard in enumerate(manifest.shards):
         index = manifest.load_index(number)
-        records += [index.record(row) for row in range(len(index))]
+        for row in range(len(index)):
+            record = index.record(row)
+            if record.clip_id in seen:
+                raise ValueError(
+                    f"{seen[record.clip_id]} and {shard.name} both hold a clip "
+                    f"{record.clip_id!r:.200}; index the tars anew with `eva02-at shards build "
+                    "--index-only`, which tells them apart"
+                )
+            seen[record.clip_id] = shard.name
+            records.append(record)
     return records

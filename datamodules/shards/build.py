@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from operator import attrgetter
 from pathlib import Path
@@ -30,14 +30,15 @@ from datamodules.manifest import (
     index_name,
 )
 from datamodules.shards.layouts import VideoLayout
-from datamodules.shards.writer import shard_name, write_shard
-from datamodules.video.encode import EncodedClip, EncodeOptions, encode_clip
-from datamodules.video.pieces import Piece, RejectedClip
+from datamodules.shards.plan import BuildPlan
+from datamodules.shards.rejects import REJECTS_NAME, write_rejects
+from datamodules.shards.writer import shard_name
+from datamodules.video.encode import EncodeOptions
 from datamodules.video.workers import Job, run_jobs
 
-REJECTS_NAME = "rejects.jsonl"
+_ENOUGH_ROWS = 10_000  # of which the share of rejects says something about the rest
 _LOCK_WAIT_S = 2.0
-_FIELDS = attrgetter(*(field.name for field in fields(ClipRecord)))
+_FIELDS = attrgetter(*(column.name for column in fields(ClipRecord)))
 
 
 @dataclass(frozen=True)
@@ -58,82 +59,16 @@ class BuildReport:
     num_shards: int
     num_bytes: int
 
-
-@dataclass(frozen=True)
-class BuildPlan:
-    """What is to be built: the arguments of `build_shards` that decide the bytes.
-
-    Attributes:
-        clips: The annotations; ids must be unique.
-        videos: Folder of the source videos.
-        layout: Where a video lies in it.
-        output: Folder to write to.
-        options: How clips are stored.
-        samples_per_shard: Annotation rows a shard.
-
-    Raises:
-        ValueError: No clips, an id twice, a missing video folder.
-    """
-
-    clips: Sequence[ClipRecord]
-    videos: Path
-    layout: VideoLayout
-    output: Path
-    options: EncodeOptions
-    samples_per_shard: int
-
-    def __post_init__(self) -> None:
-        if not self.clips:
-            raise ValueError("there are no clips to build; the annotations are empty")
-        if not self.videos.is_dir():
-            raise ValueError(f"video folder {self.videos} does not exist; give an existing one")
-        if self.samples_per_shard < 1:
-            raise ValueError(f"samples_per_shard is {self.samples_per_shard}; at least 1 is needed")
-        seen: set[str] = set()
-        for record in self.clips:
-            if record.clip_id in seen:
-                raise ValueError(f"clip id {record.clip_id!r} occurs twice; ids must be unique")
-            seen.add(record.clip_id)
-
-    @property
-    def num_shards(self) -> int:
-        """Shards of the finished data set, those without a single good clip included."""
-        return -(-len(self.clips) // self.samples_per_shard)
-
-    def share(self, number: int) -> Sequence[ClipRecord]:
-        """Annotation rows of a shard."""
-        start = number * self.samples_per_shard
-        return self.clips[start : start + self.samples_per_shard]
-
-    def find(self, record: ClipRecord) -> tuple[list[Piece], float, float]:
-        """Return the source files of a clip and its span.
-
-        Raises:
-            RejectedClip: The span is empty or its file is missing.
-        """
-        start_s, end_s = max(0.0, record.start_s), record.end_s
-        if end_s <= start_s:
-            raise RejectedClip(f"empty: the span is {start_s:.2f}-{end_s:.2f} s")
-        return self.layout.pieces(self.videos, record.video_id, start_s, end_s), start_s, end_s
-
-    def encode(self, record: ClipRecord) -> EncodedClip:
-        """Make one clip.
-
-        Raises:
-            RejectedClip: With the reason.
-        """
-        return encode_clip(*self.find(record), self.options)
-
-    def build_shard(self, job: Job, begin: Callable[[str], None]) -> None:
-        """Build one shard, in a child process."""
-
-        def encode(record: ClipRecord) -> EncodedClip:
-            if record.clip_id in job.crashed:
-                raise RejectedClip(job.crashed[record.clip_id])
-            return self.encode(record)
-
-        first_row = job.number * self.samples_per_shard
-        write_shard(self.output, job.number, first_row, self.share(job.number), encode, begin)
+    def __str__(self) -> str:
+        lines = [
+            f"{self.num_clips} clips in {self.num_shards} shards, {self.num_bytes / 1e6:.1f} MB; "
+            f"{self.num_rejected} rejected"
+        ]
+        if self.manifest is None:
+            return "\n".join([*lines, "the manifest is written when all parts are built"])
+        if self.num_rejected:
+            lines.append(f"reasons in {self.manifest.with_name(REJECTS_NAME)}")
+        return "\n".join([*lines, f"manifest: {self.manifest}"])
 
 
 def build_shards(
@@ -148,6 +83,8 @@ def build_shards(
     num_workers: int = 1,
     part: tuple[int, int] = (0, 1),
     progress: bool = False,
+    lost_rows: Sequence[dict[str, Any]] = (),
+    max_rejects: float = 1.0,
 ) -> BuildReport:
     """Build the shards of a data set, or go on with a build that was stopped.
 
@@ -166,18 +103,30 @@ def build_shards(
         part: (i, n): build only the shards k with k % n == i. Whichever part finds all shards
             finished writes the manifest.
         progress: Show a progress bar.
+        lost_rows: Rejects of the annotations' reader, to be listed with the others.
+        max_rejects: Share of rows and clips above which the build ends: before it begins if
+            already the sources are missing, else as soon as 10,000 rows show it, or at the end.
 
     Raises:
         ValueError: No clips, an id twice, a missing video folder, another build in the same
-            folder, or nothing but rejects.
+            folder, or too many rejects.
     """
     plan = BuildPlan(
-        clips, Path(videos), layout, Path(output), options or EncodeOptions(), samples_per_shard
+        clips,
+        Path(videos),
+        layout,
+        Path(output),
+        options or EncodeOptions(),
+        samples_per_shard,
+        lost_rows,
+        max_rejects,
     )
     if num_workers < 1:
         raise ValueError(f"num_workers is {num_workers}; at least 1 is needed")
     if not 0 <= part[0] < part[1]:
         raise ValueError(f"part {part[0]} of {part[1]}: parts count from 0")
+    if max_rejects < 1:
+        plan.check(plan.survey().rejects, len(clips) + len(lost_rows))
     with _exclusive(plan.output, part):
         recipe = _pin_recipe(plan, source or {})
         todo = [
@@ -191,18 +140,41 @@ def build_shards(
             desc="shards",
             disable=not progress,
         )
+        rejects, rows = list(plan.lost_rows), len(plan.lost_rows)
         with bar:
             for event in run_jobs(plan.build_shard, todo, num_workers):
                 bar.update(event.item is not None)
-    return collect_manifest(plan.output, plan.num_shards, recipe)
+                if event.item is None:
+                    rejects += event.result
+                    rows += len(plan.share(event.job.number))
+                    if rows >= _ENOUGH_ROWS:
+                        plan.check(rejects, rows)
+    return collect_manifest(plan, recipe)
 
 
-def collect_manifest(output: Path, num_shards: int, recipe: dict[str, Any]) -> BuildReport:
-    """Write manifest and rejects file if all shards are finished; report either way."""
+def parse_part(text: str) -> tuple[int, int]:
+    """Read `I/N`, such as `0/8`.
+
+    Raises:
+        ValueError: The text is no such thing.
+    """
+    number, slash, total = text.partition("/")
+    if not (slash and number.isdecimal() and total.isdecimal()):
+        raise ValueError(f"--part {text!r}: write I/N, such as 0/8")
+    return int(number), int(total)
+
+
+def collect_manifest(plan: BuildPlan, recipe: dict[str, Any]) -> BuildReport:
+    """Write manifest and rejects file if all shards are finished; report either way.
+
+    Raises:
+        ValueError: Nothing could be made, or too much is rejected.
+    """
+    output = plan.output
     shards: list[Shard] = []
-    rejects: list[dict[str, str]] = []
+    rejects: list[dict[str, Any]] = list(plan.lost_rows)
     finished = 0
-    for number in range(num_shards):
+    for number in range(plan.num_shards):
         path = output / index_name(shard_name(number))
         if not path.is_file():
             continue
@@ -215,14 +187,14 @@ def collect_manifest(output: Path, num_shards: int, recipe: dict[str, Any]) -> B
             name = shard_name(number)
             shards.append(Shard(name, path.name, len(index), **index.tar, index_sha256=digest))
     manifest = None
-    if finished == num_shards:
-        lines = "".join(json.dumps(reject) + "\n" for reject in rejects)
-        write_atomically(output / REJECTS_NAME, lines.encode())
+    if finished == plan.num_shards:
+        write_rejects(output, rejects)
         if not shards:
             raise ValueError(
                 f"none of the {len(rejects)} clips could be made; the first: {rejects[0]}. "
                 f"See {output / REJECTS_NAME}; check the video folder and the layout"
             )
+        plan.check(rejects, len(plan.clips) + len(plan.lost_rows))
         manifest = output / MANIFEST_NAME
         Manifest("", tuple(shards), recipe["options"], recipe["source"]).save(manifest)
     return BuildReport(

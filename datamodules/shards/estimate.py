@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 
-from datamodules.shards.build import BuildPlan
+from datamodules.shards.plan import BuildPlan
+from datamodules.shards.rejects import first_word
 from datamodules.video.pieces import RejectedClip
 
 
@@ -20,6 +22,7 @@ class BuildEstimate:
         num_bytes: Size of the shards, extrapolated from the trial clips.
         core_hours: Time of one core to make them, likewise.
         num_trials: Trial clips that could be made.
+        looked_for: The first paths that are not there.
     """
 
     num_clips: int
@@ -28,13 +31,15 @@ class BuildEstimate:
     num_bytes: int
     core_hours: float
     num_trials: int
+    looked_for: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rejected = ", ".join(f"{n} {why}" for why, n in sorted(self.num_rejected.items()))
+        missing = "".join(f"not there: {path}\n" for path in self.looked_for)
         return (
             f"{self.num_clips} clips, {self.hours:.2f} h; rejected: {rejected or 'none'}\n"
-            f"about {self.num_bytes / 1e9:.3g} GB and {self.core_hours:.3g} core hours, from "
-            f"{self.num_trials} clips made on trial; nothing was written"
+            f"{missing}about {self.num_bytes / 1e9:.3g} GB and {self.core_hours:.3g} core hours, "
+            f"from {self.num_trials} clips made on trial; nothing was written"
         )
 
 
@@ -45,14 +50,9 @@ def estimate_build(plan: BuildPlan, num_trials: int = 16) -> BuildEstimate:
         plan: What would be built.
         num_trials: Clips to make on trial.
     """
-    found, rejected = [], dict[str, int]()
-    for record in plan.clips:
-        try:
-            _, start_s, end_s = plan.find(record)
-            found.append((record, end_s - start_s))
-        except RejectedClip as error:
-            reason = str(error).partition(":")[0]
-            rejected[reason] = rejected.get(reason, 0) + 1
+    survey = plan.survey()
+    found = survey.found
+    rejected = Counter(first_word(reject["reason"]) for reject in survey.rejects)
     total_s = sum(seconds for _, seconds in found)
     trial_s, num_bytes, trials = 0.0, 0, 0
     started = time.perf_counter()
@@ -67,5 +67,11 @@ def estimate_build(plan: BuildPlan, num_trials: int = 16) -> BuildEstimate:
     scale = total_s / trial_s if trial_s else 0.0
     took_s = time.perf_counter() - started
     return BuildEstimate(
-        len(found), rejected, total_s / 3600, int(num_bytes * scale), took_s * scale / 3600, trials
+        len(found),
+        dict(rejected),
+        total_s / 3600,
+        int(num_bytes * scale),
+        took_s * scale / 3600,
+        trials,
+        tuple(survey.looked_for),
     )

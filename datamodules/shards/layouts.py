@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from datamodules.video.pieces import Piece, RejectedClip
@@ -47,11 +50,25 @@ class VideoLayout:
             video_id=video_id, participant=participant, index=chunk, start=start
         )
 
-    def pieces(self, root: Path, video_id: str, start_s: float, end_s: float) -> list[Piece]:
+    def pieces(
+        self,
+        root: Path,
+        video_id: str,
+        start_s: float,
+        end_s: float,
+        is_file: Callable[[Path], bool] = Path.is_file,
+    ) -> list[Piece]:
         """Find the files that hold a span, in time order.
 
         A missing chunk after the first is taken as the end of the video; how much of the clip must
         be there is the reader's rule.
+
+        Args:
+            root: Folder of the videos.
+            video_id: Which.
+            start_s: The span's start.
+            end_s: Its end.
+            is_file: Says whether a file exists.
 
         Raises:
             RejectedClip: The file that holds the start is missing.
@@ -65,12 +82,35 @@ class VideoLayout:
         pieces = []
         for number in numbers:
             path = root / self._path(video_id, number)
-            if not path.is_file():
+            if not is_file(path):
                 break
             pieces.append(Piece(path, float(number * (self.chunk_s or 0))))
         if not pieces:
             raise RejectedClip(f"missing: {self._path(video_id, numbers[0])}")
         return pieces
+
+
+class Listing:
+    """Says which files exist by listing each folder once.
+
+    On a network file system each question is a round trip, and EgoClip's clips ask 3.85 million.
+    Files that arrive later are not seen.
+    """
+
+    def __init__(self) -> None:
+        self._names = lru_cache(maxsize=4096)(_file_names)
+
+    def __call__(self, path: Path) -> bool:
+        """True if a file of this path existed when its folder was listed."""
+        return path.name in self._names(path.parent)
+
+
+def _file_names(folder: Path) -> frozenset[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return frozenset(entry.name for entry in entries if entry.is_file())
+    except (OSError, ValueError):  # no such folder, or a name that can be none
+        return frozenset()
 
 
 LAYOUTS: dict[str, VideoLayout] = {
@@ -81,3 +121,22 @@ LAYOUTS: dict[str, VideoLayout] = {
     "ek100": VideoLayout("{participant}/{video_id}.MP4"),
     "ek100_avion": VideoLayout("{participant}/{video_id}.MP4/{start}.MP4", 15),
 }
+
+
+def find_layout(name: str, chunk_s: int | None = None) -> VideoLayout:
+    """Return a layout by name, or the one that a pattern describes.
+
+    Args:
+        name: One of `LAYOUTS`, or a pattern with `{video_id}`.
+        chunk_s: Chunk length of a pattern.
+
+    Raises:
+        ValueError: It is neither, or a chunk length comes with a name.
+    """
+    if name in LAYOUTS:
+        if chunk_s is not None:
+            raise ValueError(f"--chunk-seconds goes with a pattern, not with layout {name!r}")
+        return LAYOUTS[name]
+    if "{video_id}" not in name:
+        raise ValueError(f"unknown layout {name!r}; one of {', '.join(LAYOUTS)}, or a pattern")
+    return VideoLayout(name, chunk_s)

@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 
 from webdataset.gopen import Pipe, gopen, gopen_pipe, gopen_schemes
 
+from datamodules.files import open_plain_file
+
 logger = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
@@ -48,7 +50,8 @@ def read_bytes(location: str) -> bytes:
         OSError: It cannot be read; remote ones after retries.
     """
     if not is_remote(location):
-        return local_path(location).read_bytes()
+        with os.fdopen(open_plain_file(local_path(location)), "rb") as file:
+            return file.read()
     buffer = io.BytesIO()
     Fetcher().copy(location, buffer)
     return buffer.getvalue()

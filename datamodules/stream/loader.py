@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
+from datamodules.manifest import WrongManifest
 from datamodules.stream.faults import FaultMonitor
 
 # Workers share the process group of the trainer. A signal to stop is for the trainer, which still
@@ -74,6 +75,10 @@ class PlaceLoader:
                 batch = next(batches)
             except StopIteration:
                 return
+            except WrongManifest as error:
+                # a worker's comes with its traceback before it; the message is the last line
+                message = str(error).strip().splitlines()[-1]
+                raise WrongManifest(message.partition("WrongManifest: ")[2] or message) from None
             # a dead worker also breaks the pipe on which it handed over its last batch
             except (RuntimeError, OSError, EOFError) as error:
                 death = self._death(getattr(batches, "_workers", []))

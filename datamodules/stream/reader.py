@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datamodules.manifest import ClipRecord, Manifest, Shard, ShardIndex
+from datamodules.files import open_plain_file
+from datamodules.manifest import ClipRecord, Manifest, Shard, ShardIndex, WrongManifest
 from datamodules.stream.cache import FileCache, is_remote, local_path
 from datamodules.video.decode import DamagedSample
 
@@ -165,7 +166,10 @@ class SampleReader:
             raise DamagedSample(f"truncated: {len(video)} of {size} bytes")
         if zlib.crc32(video) != place["crc32"]:
             raise DamagedSample("checksum: the bytes are not those that were stored")
-        return StoredSample(index.key(row), index.record(row), video)
+        try:
+            return StoredSample(index.key(row), index.record(row), video)
+        except ValueError as error:
+            raise DamagedSample(str(error)) from error
 
     def _shard(self, number: int) -> tuple[int, ShardIndex]:
         if self._pid != os.getpid():
@@ -180,6 +184,8 @@ class SampleReader:
         try:
             index = manifest.load_index(local, self.cache)
             descriptor = self._open_tar(manifest, manifest.shards[local])
+        except WrongManifest:
+            raise  # nothing is damaged, but the order of samples rests on wrong numbers
         except (OSError, ValueError) as error:
             # not tried again for each of its samples: a remote one has had its retries
             self._given_up[number] = f"unreadable: {error}"
@@ -194,4 +200,4 @@ class SampleReader:
         if self.cache is not None and is_remote(where):
             with self.cache.open(where, shard.sha256) as file:
                 return os.dup(file.fileno())
-        return os.open(local_path(where), os.O_RDONLY)
+        return open_plain_file(local_path(where))

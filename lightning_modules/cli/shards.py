@@ -7,16 +7,20 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from datamodules.annotations.formats import FORMATS, read_clips
 from datamodules.annotations.mapped import Columns
+from datamodules.annotations.rows import Rejects
 from datamodules.files import write_atomically
 from datamodules.manifest import Manifest
-from datamodules.shards.build import REJECTS_NAME, BuildPlan, BuildReport, build_shards
+from datamodules.shards.build import build_shards, parse_part
 from datamodules.shards.describe import describe, render
 from datamodules.shards.estimate import estimate_build
 from datamodules.shards.index import index_tars
-from datamodules.shards.layouts import LAYOUTS, VideoLayout
+from datamodules.shards.layouts import LAYOUTS, find_layout
+from datamodules.shards.plan import BuildPlan
+from datamodules.shards.rejects import MAX_REJECTS
 from datamodules.shards.verify import repair, verify
 from datamodules.video.encode import RECIPES, EncodeOptions
 from lightning_modules.cli.parser import CommandParser
@@ -59,29 +63,19 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     add("--samples-per-shard", type=int, default=1000, metavar="N", help="rows (%(default)s)")
     add("--workers", type=int, default=1, metavar="N", help="processes (%(default)s)")
     add("--part", default="0/1", metavar="I/N", help="build the I-th of N parts, from 0")
+    add(
+        "--max-rejects",
+        type=float,
+        default=MAX_REJECTS,
+        metavar="SHARE",
+        help="end, without a manifest, if more of the rows and clips is rejected (%(default)s)",
+    )
     add("--dry-run", action="store_true", help="say how many clips, hours and bytes; write nothing")
     add(
         "--index-only",
         action="store_true",
         help="write indexes and a manifest for the tars that --output holds already",
     )
-
-
-def _layout(name: str, chunk_s: int | None) -> VideoLayout:
-    if name in LAYOUTS:
-        if chunk_s is not None:
-            raise ValueError(f"--chunk-seconds goes with a pattern, not with layout {name!r}")
-        return LAYOUTS[name]
-    if "{video_id}" not in name:
-        raise ValueError(f"unknown layout {name!r}; one of {', '.join(LAYOUTS)}, or a pattern")
-    return VideoLayout(name, chunk_s)
-
-
-def _part(text: str) -> tuple[int, int]:
-    number, slash, total = text.partition("/")
-    if not (slash and number.isdigit() and total.isdigit()):
-        raise ValueError(f"--part {text!r}: write I/N, such as 0/8")
-    return int(number), int(total)
 
 
 def _encode_options(args: argparse.Namespace) -> EncodeOptions:
@@ -94,49 +88,46 @@ def _encode_options(args: argparse.Namespace) -> EncodeOptions:
 
 def _build(args: argparse.Namespace) -> int:
     if args.index_only:
-        return _report(index_tars(args.output, num_workers=args.workers, progress=True))
+        print(
+            index_tars(
+                args.output,
+                num_workers=args.workers,
+                progress=True,
+                max_rejects=args.max_rejects,
+            )
+        )
+        return 0
     missing = [f"--{n}" for n in ("annotations", "format", "videos") if getattr(args, n) is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} must be given (or --index-only)")
-    annotations, options = Path(args.annotations), _encode_options(args)
-    clips = read_clips(annotations, args.format, Columns.parse(args.columns))
-    layout = _layout(args.layout, args.chunk_seconds)
+    annotations, rejects = Path(args.annotations), Rejects()
+    clips = read_clips(annotations, args.format, Columns.parse(args.columns), rejects)
+    built: dict[str, Any] = {
+        "videos": Path(args.videos),
+        "layout": find_layout(args.layout, args.chunk_seconds),
+        "output": Path(args.output),
+        "options": _encode_options(args),
+        "samples_per_shard": args.samples_per_shard,
+        "lost_rows": rejects.rows,
+    }
     if args.dry_run:
-        videos, output = Path(args.videos), Path(args.output)
-        plan = BuildPlan(clips, videos, layout, output, options, args.samples_per_shard)
-        print(estimate_build(plan))
+        print(estimate_build(BuildPlan(clips, **built)))
         return 0
-    return _report(
+    print(
         build_shards(
             clips,
-            videos=args.videos,
-            layout=layout,
-            output=args.output,
-            options=options,
+            **built,
             source={
                 "annotations": annotations.name,
                 "format": args.format,
                 "annotations_sha256": hashlib.sha256(annotations.read_bytes()).hexdigest(),
             },
-            samples_per_shard=args.samples_per_shard,
             num_workers=args.workers,
-            part=_part(args.part),
+            part=parse_part(args.part),
             progress=True,
+            max_rejects=args.max_rejects,
         )
     )
-
-
-def _report(report: BuildReport) -> int:
-    print(
-        f"{report.num_clips} clips in {report.num_shards} shards, {report.num_bytes / 1e6:.1f} MB; "
-        f"{report.num_rejected} rejected"
-    )
-    if report.manifest is None:
-        print("the manifest is written when all parts are built")
-        return 0
-    if report.num_rejected:
-        print(f"reasons in {report.manifest.with_name(REJECTS_NAME)}")
-    print(f"manifest: {report.manifest}")
     return 0
 
 

@@ -23,8 +23,8 @@ from conftest import FAST, make_records, write_video
 
 from datamodules.manifest import ClipRecord, Manifest, load_records
 from datamodules.shards import LAYOUTS, EncodeOptions, VideoLayout, build_shards, index_tars
-from datamodules.shards.build import BuildPlan
 from datamodules.shards.estimate import estimate_build
+from datamodules.shards.plan import BuildPlan
 from datamodules.shards.verify import repair, verify
 from datamodules.stream.reader import Corpus, SampleReader
 from datamodules.video.encode import encode_clip
