@@ -34,7 +34,7 @@ from datamodules.shards.writer import measure
 from datamodules.video.decode import DamagedSample, decode_frames
 from datamodules.video.workers import Job, run_jobs
 
-_VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov", "avi", "m4v")
+_VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov", "avi", "m4v", "mpg", "mpeg", "ts", "gif")
 _ENTIRE_TAR = "(the tar)"
 _MAX_TEXT_BYTES = 1 << 20
 
@@ -150,7 +150,7 @@ def _index_sample(
         raise DamagedSample(f"its video takes {video.size} bytes; 4 GiB is the most")
     data = os.pread(descriptor, video.size, video.offset_data)
     if probe:
-        decode_frames(data, 2)
+        decode_frames(data, 2, None, "pyav")
     metadata = group.get("json")
     values = {} if metadata is None else _read_json(descriptor, metadata)
     if "txt" in group:

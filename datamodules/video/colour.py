@@ -31,10 +31,11 @@ _MATRICES = {
 }
 _UNSPECIFIED = 2
 _STORED = {"dst_colorspace": Colorspace.ITU601, "dst_color_range": ColorRange.MPEG}
+# Converted as decord does, to whose pictures the flags below would give other edges; 3 levels off.
+_PLAIN = frozenset({"yuv420p", "yuvj420p"})
 _HDR = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
 _HD_WIDTH, _SD_HEIGHT = 1280, 576
-# Without these flags swscale is up to 3 levels off, and twice that after two conversions. Pictures
-# for the model do without: decord does, and chroma edges would differ from those of training.
+# Without these flags swscale is up to 4 levels off, and more after two conversions.
 _EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 # dihedral pictures: (transposed, left and right swapped, top and bottom swapped)
 Turn = tuple[bool, bool, bool]
@@ -104,8 +105,10 @@ class Painter:
         Raises:
             ValueError: The picture's colours or its angle are not supported.
         """
-        size = shown_size(frame, pixel_aspect)
-        small = self._converted(frame, size, "rgb24", Interpolation.BILINEAR)
+        size, how = shown_size(frame, pixel_aspect), Interpolation.BILINEAR
+        if frame.format.name not in _PLAIN or size != (frame.width, frame.height):
+            how |= _EXACT
+        small = self._converted(frame, size, "rgb24", how)
         return np.ascontiguousarray(_turned(small.to_ndarray(), turn(frame)))
 
     def stored(self, frame: VideoFrame, width: int, height: int) -> VideoFrame:

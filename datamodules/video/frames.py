@@ -31,6 +31,8 @@ T = TypeVar("T")
 _EPSILON_S = 1e-3
 _FIRST_STEP_BACK_S = 2.0
 _REORDERED = 32  # more packets than any codec shows out of order
+_UNTIMED = frozenset({"mpeg", "mpegvideo"})  # not every frame of a programme stream has a time
+_NO_TIMESTAMPS = 0x0080 | 0x0100  # AVFMT_NOTIMESTAMPS, AVFMT_GENERIC_INDEX: bare streams
 _NO_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
 
 
@@ -122,6 +124,11 @@ class Video:
         try:
             self.stream = _pictures(self._container)
             codec = self.stream.codec_context
+            if not codec.width:  # FFmpeg says no more of a size that it was not allowed to open
+                raise ValueError(
+                    f"too large, or of no size: no frame of at most max_pixels="
+                    f"{self.limits.max_pixels} could be opened"
+                )
             self.limits.check_size(codec.width, codec.height)
             self.limits.check_size(*shown_size(codec, self.pixel_aspect))
             codec.options = bound
@@ -129,6 +136,12 @@ class Video:
         except BaseException:
             self._container.close()
             raise
+
+    @property
+    def _can_seek(self) -> bool:
+        """Without timestamps of its own, a format tells wrong times after a seek."""
+        form = self._container.format
+        return form.name not in _UNTIMED and not form.flags & _NO_TIMESTAMPS
 
     @property
     def pixel_aspect(self) -> Fraction:
@@ -168,7 +181,7 @@ class Video:
 
     def _packets(self, start_s: float | None) -> Iterator[Any]:
         """Read packets, from the start or from a key frame near a time on."""
-        if start_s is not None:
+        if start_s is not None and self._can_seek:
             time = int(Fraction(start_s) / self.stream.time_base) + self._origin
             self._container.seek(time, stream=self.stream)
             self._head = []
