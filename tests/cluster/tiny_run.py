@@ -4,6 +4,8 @@ Each rank appends one line a step to `steps-RANK.jsonl` in the run's folder: the
 loss, and the ids of its samples. A run that stopped and went on appends to the same files.
 """
 
+import functools
+import importlib
 import json
 import logging
 import os
@@ -162,17 +164,22 @@ class Trouble(Callback):
             os.kill(os.getpid(), self.signum)
 
     def on_train_start(self, trainer, module):
-        """`write`: this rank's disk fails while the checkpoint after step `at` is written."""
-        if self.where == "write" and trainer.global_rank == self.rank:
-            engine = trainer.strategy.deepspeed_engine.checkpoint_engine
-            save = engine.save
+        """`call:MODULE.NAME`: that call fails on this rank from step `at` until it has once."""
+        if self.where.startswith("call:") and trainer.global_rank == self.rank:
+            *owner, name = self.where.removeprefix("call:").split(".")
+            place = importlib.import_module(f"lightning_modules.training.run.{owner[0]}")
+            for inner in owner[1:]:
+                place = getattr(place, inner)
+            call = getattr(place, name)
 
-            def failing(state, path):
-                if trainer.global_step == self.at:
-                    raise OSError("disk on fire")
-                save(state, path)
+            @functools.wraps(call)
+            def failing(*args, **kwargs):
+                if self.at is not None and trainer.global_step >= self.at:
+                    self.at = None
+                    raise KeyError("on fire")  # no kind of error that anybody counts on
+                return call(*args, **kwargs)
 
-            engine.save = failing
+            setattr(place, name, failing)
 
     def on_train_batch_start(self, trainer, *args):
         time.sleep(self.pause_s)

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 class NotFiniteError(RuntimeError):
     """The run was ended because losses or gradients are not finite."""
 
+    on_all_ranks = True  # so that a checkpoint under way can still be completed
+
 
 class FiniteGuard(Callback):
     """Skip the optimiser step of a batch whose loss or gradient is not finite, or stop.

@@ -85,14 +85,17 @@ class WeightAverage(Callback):
                 local_tensor(parameter).data.copy_(self._weights[name])
         self._weights = {}
 
-    def save(self, pl_module: LightningModule, folder: Path) -> None:
-        """Write the whole average to `folder`; called on all ranks, written by rank 0."""
-        whole = {
+    def whole(self, pl_module: LightningModule) -> dict[str, Tensor]:
+        """The whole average, gathered from all ranks on each."""
+        return {
             name: _whole_tensor(self._averages[name], parameter)
             for name, parameter in _trainable(pl_module)
         }
-        if pl_module.global_rank == 0:
-            save_file({n: t.cpu().contiguous() for n, t in whole.items()}, folder / EMA_FILE)
+
+
+def save_average(average: dict[str, Tensor], path: Path) -> None:
+    """Write `WeightAverage.whole`, on the CPU, to a file."""
+    save_file({name: tensor.contiguous() for name, tensor in average.items()}, path)
 
 
 def local_tensor(parameter: nn.Parameter) -> Tensor:

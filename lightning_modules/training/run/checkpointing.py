@@ -13,15 +13,18 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_modules.training.monitor.csv_log import AppendingCSVLogger
-from lightning_modules.training.optim.ema import WeightAverage, local_tensor
+from lightning_modules.training.optim.ema import (
+    EMA_FILE,
+    WeightAverage,
+    local_tensor,
+    save_average,
+)
 from lightning_modules.training.run.agreement import Ranks, run_ranks
 from lightning_modules.training.run.checkpoint_store import (
     STATE,
     CheckpointFolder,
-    FileRecord,
     Manifest,
     checkpoint_name,
-    file_record,
 )
 from lightning_modules.training.run.loop_state import Progress, settle_validation
 from lightning_modules.training.run.private import (
@@ -33,8 +36,9 @@ from lightning_modules.training.run.private import (
     silence_lightning_signals,
     validation_due,
 )
+from lightning_modules.training.run.saving import Piece, Saving, host_copy
 from lightning_modules.training.run.signals import STOP, RunStopped
-from lightning_modules.training.run.strategies import PlainCheckpointIO, ZeroStrategy
+from lightning_modules.training.run.strategies import PlainCheckpointIO, ZeroStrategy, kind_of
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +61,10 @@ class SafeCheckpoints(Checkpoint):
         keep_best: How many of the best by `monitor` stay besides.
         monitor: Metric for `keep_best`.
         mode: Whether a large (`max`) or small (`min`) metric is good.
+        background: Copy the state to host memory and write it while the training goes on. Each
+            process needs memory for one copy of what it writes: under ZeRO its share of the
+            optimiser state, otherwise rank 0 the whole state. The next checkpoint, a stop and the
+            end of the run wait for the one under way.
     """
 
     def __init__(
@@ -69,6 +77,7 @@ class SafeCheckpoints(Checkpoint):
         keep_best: int = 1,
         monitor: str | None = "val/map_avg",
         mode: Literal["max", "min"] = "max",
+        background: bool = True,
     ) -> None:
         if every_n_steps < 0 or every_minutes < 0:
             raise ValueError(
@@ -78,6 +87,8 @@ class SafeCheckpoints(Checkpoint):
         self.every_n_steps, self.every_minutes = every_n_steps, every_minutes
         self.after_validation = after_validation
         self.keep = (keep_last, keep_best, monitor, mode)
+        self.background = background
+        self._saving: Saving | None = None  # the one under way
         self.flag = STOP
         self._folder: CheckpointFolder
         self._ranks: Ranks
@@ -119,8 +130,24 @@ class SafeCheckpoints(Checkpoint):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back, unless the process is about to end because of one."""
+        self._leave_no_thread()
         if self.flag.received is None:
             self.flag.restore()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Complete what is under way if all ranks are here; else it ends, and does not count."""
+        if self._saving is not None and (
+            self._ranks.size == 1 or getattr(exception, "on_all_ranks", False)
+        ):
+            self._finish()
+        self._leave_no_thread()
+
+    def _leave_no_thread(self) -> None:
+        if self._saving is not None:
+            self._saving.wait()
+            self._saving = None
 
     # -- when -----------------------------------------------------------------------------------
     def on_train_batch_end(
@@ -132,12 +159,11 @@ class SafeCheckpoints(Checkpoint):
         done = Progress.after_batch(trainer)
         self._progress = replace(done, validation_due=validation_due(trainer))
         stop, late = self._agree()
-        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
-        if stop or late or due:
-            saved = self._save(trainer)
-            if stop:
-                log_last_step(trainer)
-                self._stop(trainer, saved)
+        if stop:
+            log_last_step(trainer)
+            self._stop(trainer)
+        if late or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
+            self._save(trainer)
 
     def on_validation_batch_end(
         self,
@@ -150,7 +176,7 @@ class SafeCheckpoints(Checkpoint):
     ) -> None:
         """Stop within a validation; the resumed run repeats the whole validation."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and self._agree()[0]:
-            self._stop(trainer, self._save(trainer))
+            self._stop(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save with the metrics of this validation."""
@@ -163,16 +189,22 @@ class SafeCheckpoints(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step."""
-        self._save(trainer)
+        self._save_and_wait(trainer)
 
     def _agree(self) -> tuple[bool, bool]:
+        """Whether to stop and whether a checkpoint is late; a write that is done goes on."""
         minutes = (time.monotonic() - self._saved_at) / 60
         late = self._ranks.rank == 0 and 0 < self.every_minutes <= minutes
-        stop, late_anywhere = self._ranks.maximum([int(self.flag.received is not None), int(late)])
-        return bool(stop), bool(late_anywhere)
+        busy = self._saving is not None and self._saving.busy
+        stop, late, busy = map(
+            bool, self._ranks.maximum([int(self.flag.received is not None), int(late), int(busy)])
+        )
+        if self._saving is not None and not busy:
+            self._advance()
+        return stop, late
 
-    def _stop(self, trainer: Trainer, saved: bool) -> None:
-        if not saved:
+    def _stop(self, trainer: Trainer) -> None:
+        if not self._save_and_wait(trainer):
             raise OSError(
                 f"asked to stop at step {trainer.global_step}, but the checkpoint could not be "
                 f"written; the older ones in {self._folder.root} are intact"
@@ -182,85 +214,88 @@ class SafeCheckpoints(Checkpoint):
         raise RunStopped(trainer.global_step)
 
     # -- how ------------------------------------------------------------------------------------
-    def _save(self, trainer: Trainer) -> bool:
-        """Write a checkpoint on all ranks; False (and a warning) where that failed."""
-        if self._progress is None or self._progress == self._saved:
-            return True
-        name, error = checkpoint_name(trainer.global_step), None
+    def _save(self, trainer: Trainer) -> None:
+        """Begin a checkpoint of what has been trained, unless there is one; the last one first."""
+        self._finish()
+        progress = self._progress
+        if progress is None or progress == self._saved:
+            return
+        name = checkpoint_name(progress.steps)
         self._saved_at = time.monotonic()
         try:
-            self._write(trainer, name, self._progress)
-            self._saved = self._progress
-        except (OSError, ValueError) as caught:
-            error = caught
-            if self._ranks.rank == 0:
-                self._folder.discard(name)
-                log.warning("checkpoint of step %d NOT written: %s", trainer.global_step, caught)
-        return error is None
+            pieces = self._snapshot(trainer, name, progress)
+        except OSError as error:
+            self._give_up(name, progress.steps, error)
+            return
+        manifest = Manifest(
+            step=progress.steps,
+            epoch=progress.epoch,
+            world_size=trainer.world_size,
+            strategy=kind_of(trainer.strategy),
+            metrics={k: float(v) for k, v in trainer.callback_metrics.items()},
+        )
+        self._saved = progress
+        self._saving = Saving(self._ranks, self._folder, name, manifest, pieces, self.keep)
+        if not self.background:
+            self._finish()
 
-    def _write(self, trainer: Trainer, name: str, progress: Progress) -> None:
-        """Write under a temporary name, then commit on rank 0; every step ends in agreement."""
-        ranks, module = self._ranks, trainer.lightning_module
-        averages = [c for c in trainer.callbacks if isinstance(c, WeightAverage)]  # type: ignore[attr-defined]
-        for average in averages:
-            average.put_weights_back(module)
-        self._refuse_poison(module)
-        error: Exception | None = None
+    def _save_and_wait(self, trainer: Trainer) -> bool:
+        """Write a checkpoint of what has been trained to its end; whether it is on the disk."""
+        self._save(trainer)
+        self._finish()
+        return self._progress == self._saved
+
+    def _finish(self) -> None:
+        while self._saving is not None:
+            self._advance()
+
+    def _advance(self) -> None:
+        saving = self._saving
+        assert saving is not None
         try:
+            if saving.advance():
+                self._saving = None
+        except OSError as error:
+            self._saving = None
+            self._give_up(saving.name, saving.step, error)
+
+    def _give_up(self, name: str, step: int, error: OSError) -> None:
+        self._saved = None  # the next one is due as before
+        if self._ranks.rank == 0:
+            self._folder.discard(name)
+            log.warning("checkpoint of step %d NOT written: %s", step, error)
+
+    def _snapshot(self, trainer: Trainer, name: str, progress: Progress) -> list[Piece]:
+        """Copy what this rank is to write; what it does by itself ends in an agreement."""
+        ranks, module, strategy = self._ranks, trainer.lightning_module, trainer.strategy
+        averages = [c for c in trainer.callbacks if isinstance(c, WeightAverage)]  # type: ignore[attr-defined]
+        folder = self._folder.temporary(name)
+        with ranks.together(f"preparing {name}"):
+            for average in averages:
+                average.put_weights_back(module)
+            refuse_poison(module)
             if ranks.rank == 0:
                 self._folder.begin(name)
-        except OSError as caught:
-            error = caught
-        ranks.raise_together(error, f"making the folder of {name}")
-        folder = self._folder.temporary(name)
-        checkpoint = dump_checkpoint(trainer)
-        progress.put_into(checkpoint)
-        records: list[FileRecord] = []
-        try:
-            trainer.strategy.save_checkpoint(checkpoint, folder / STATE)
-            for average in averages:
-                average.save(module, folder)
-            # each rank hashes what it wrote; rank 0 adds what nobody claims
-            written = getattr(trainer.strategy, "written", [])
-            records = [file_record(folder, path) for path in written]
-        except (OSError, RuntimeError) as caught:  # torch raises RuntimeError on a full disk
-            error = caught
-        ranks.raise_together(error, f"writing {name}")
-        self._commit(trainer, name, ranks.gather(records))
+            checkpoint = dump_checkpoint(trainer)
+            progress.put_into(checkpoint)
+        whole = [average.whole(module) for average in averages]
+        if isinstance(strategy, ZeroStrategy):
+            states = strategy.collect(checkpoint, folder / STATE)
+        else:
+            states = [(folder / STATE, checkpoint)] if ranks.rank == 0 else []
+        with ranks.together(f"copying {name}"):
+            pieces = [Piece(path, host_copy(state), torch.save) for path, state in states]
+            if ranks.rank == 0:
+                pieces += [Piece(folder / EMA_FILE, host_copy(w), save_average) for w in whole]
+        return pieces
 
-    def _commit(self, trainer: Trainer, name: str, records: list[list[FileRecord]]) -> None:
-        error: Exception | None = None
-        try:
-            if self._ranks.rank == 0:
-                strategy = trainer.strategy
-                zero = f"zero{strategy.stage}" if isinstance(strategy, ZeroStrategy) else "plain"
-                folder = self._folder.temporary(name)
-                files = {record.path: record for rows in records for record in rows}
-                for path in folder.rglob("*"):
-                    if path.is_file() and str(path.relative_to(folder)) not in files:
-                        record = file_record(folder, path)
-                        files[record.path] = record
-                manifest = Manifest(
-                    step=trainer.global_step,
-                    epoch=trainer.current_epoch,
-                    world_size=trainer.world_size,
-                    strategy=zero,
-                    metrics={k: float(v) for k, v in trainer.callback_metrics.items()},
-                    files=sorted(files.values(), key=lambda record: record.path),
-                )
-                self._folder.commit(name, manifest)
-                self._folder.prune(*self.keep)
-        except OSError as caught:
-            error = caught
-        self._ranks.raise_together(error, f"completing {name}")
 
-    def _refuse_poison(self, module: LightningModule) -> None:
-        """Raise on all ranks where a weight is not finite: such a checkpoint must not replace one.
+def refuse_poison(module: LightningModule) -> None:
+    """Raise where a weight of this rank is not finite: such a checkpoint must not replace one.
 
-        Raises:
-            ValueError: Some weight on some rank is not finite.
-        """
-        weights = [local_tensor(p).detach() for p in module.parameters()]
-        sizes = torch.stack([norm.float() for norm in norms(weights)])
-        if self._ranks.maximum([int(not torch.isfinite(sizes).all())])[0]:
-            raise ValueError("the weights are not finite")
+    Raises:
+        ValueError: One is not.
+    """
+    weights = [local_tensor(p).detach() for p in module.parameters()]
+    if not torch.isfinite(torch.stack([norm.float() for norm in norms(weights)])).all():
+        raise ValueError("the weights are not finite")

@@ -81,7 +81,6 @@ class ZeroStrategy(DeepSpeedStrategy):
         kwargs.setdefault("logging_batch_size_per_gpu", 1)  # only DeepSpeed's own logs use it
         super().__init__(stage=stage, **kwargs)
         self.stage = stage
-        self.written: list[Path] = []  # this rank's files of the last checkpoint
         # torch's fused AdamW runs on CPU tensors too: offload needs no compiled DeepSpeedCPUAdam
         self._zero_config.setdefault("zero_force_ds_cpu_optimizer", False)
 
@@ -117,34 +116,43 @@ class ZeroStrategy(DeepSpeedStrategy):
         """Steps that were skipped because a gradient was not finite, on any rank."""
         return int(self.deepspeed_engine.skipped_steps)
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
-    ) -> None:
-        """Write the ranks' files under the folder `filepath`.
+    def collect(self, checkpoint: dict[str, Any], folder: Path) -> list[tuple[Path, Any]]:
+        """What DeepSpeed would write under `folder`: this rank's files and their contents.
 
-        Raises:
-            OSError: This rank could not write; the others have not been left waiting for it.
+        The contents are the engine's own tensors: copy them before the next step. Collective.
         """
         engine = self.deepspeed_engine
-        guard = _WriteGuard(engine.checkpoint_engine)
-        engine.checkpoint_engine = guard
+        collector = _Collector(engine.checkpoint_engine)
+        engine.checkpoint_engine = collector
         write_no_recovery_script(engine)
         client = {
             k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")
         }
         try:
             engine.save_checkpoint(
-                str(filepath),
+                str(folder),
                 client_state=client,
                 tag=_TAG,
                 save_latest=False,
                 exclude_frozen_parameters=self.exclude_frozen_parameters,
             )
         finally:
-            engine.checkpoint_engine = guard.inner
-            self.written = guard.paths
-        if guard.error is not None:
-            raise OSError(f"{guard.error}") from guard.error
+            engine.checkpoint_engine = collector.inner
+        return collector.files
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Write the ranks' files under the folder `filepath`.
+
+        Raises:
+            OSError: Some rank could not write.
+        """
+        files = self.collect(checkpoint, Path(filepath))
+        with run_ranks().together(f"writing {filepath}"):
+            for path, state in files:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(state, path)
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
@@ -197,26 +205,24 @@ class ZeroStrategy(DeepSpeedStrategy):
         return target
 
 
-class _WriteGuard:
-    """Stands in for DeepSpeed's checkpoint engine: keeps the first write error for the end.
+class _Collector:
+    """Stands in for DeepSpeed's checkpoint engine: touches no disk, keeps what it would write.
 
     An exception inside `save_checkpoint` would leave the other ranks in its barriers for ever.
     """
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
-        self.paths: list[Path] = []
-        self.error: Exception | None = None
+        self.files: list[tuple[Path, Any]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Whoever writes the files makes their folders."""
+
     def save(self, state_dict: Mapping[str, Any], path: str) -> None:
-        try:
-            self.inner.save(state_dict, path)
-            self.paths.append(Path(path))
-        except Exception as error:  # torch raises OSError or RuntimeError on a full disk
-            self.error = self.error or error
+        self.files.append((Path(path), state_dict))
 
 
 def _part_universal_groups(optimizer: torch.optim.Optimizer, own: list[dict[str, Any]]) -> None:
@@ -263,6 +269,11 @@ def _convert_to_universal(source: Path, target: Path, manifest: Manifest) -> Non
     replace(manifest, files=records).write(temporary)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
+
+
+def kind_of(strategy: object) -> str:
+    """How a strategy's checkpoints are called in their manifests."""
+    return f"zero{strategy.stage}" if isinstance(strategy, ZeroStrategy) else "plain"
 
 
 def is_zero(strategy: object) -> bool:
