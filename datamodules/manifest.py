@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from datamodules.files import write_atomically
 from datamodules.manifest_rules import manifest_fault
 from datamodules.manifest_rules import name_fault as name_fault
-from datamodules.stream.cache import FileCache, is_remote, read_bytes
+from datamodules.stream.cache import FileCache
+from datamodules.stream.stores import check_location, is_remote, join, read_bytes, scheme_of
 
 FORMAT = "eva02-at-shards-1"
 MANIFEST_NAME = "manifest.json"
@@ -276,9 +277,7 @@ class Manifest:
 
     def url(self, name: str) -> str:
         """Full path or URL of a file of the set."""
-        if "{}" in self.root:
-            return self.root.replace("{}", name)
-        return f"{self.root.rstrip('/')}/{name}" if self.root else name
+        return join(self.root, name)
 
     def to_json(self) -> str:
         """Serialise; the same manifest gives the same text."""
@@ -297,18 +296,22 @@ class Manifest:
         write_atomically(Path(path), self.to_json().encode())
 
     @classmethod
-    def load(cls, location: str | Path) -> Manifest:
+    def load(cls, location: str | Path, allow_pipe: bool = False) -> Manifest:
         """Read a manifest.
 
         Args:
-            location: A file, a folder that holds `manifest.json`, a URL (`file:`, `http(s):`,
-                `s3:`, ...), or `pipe:` and a command with `{}` where the file's name belongs, such
-                as `pipe:ssh host cat /data/egoclip/{}`.
+            location: A file, a folder that holds `manifest.json`, a URL (`file:`, `https://`,
+                `s3://`, ...), or `pipe:` and a command with `{}` where the file's name belongs,
+                such as `pipe:ssh host cat /data/egoclip/{}`.
+            allow_pipe: The location may be a command. Nothing within a manifest ever is.
 
         Raises:
-            ValueError: It is missing or no manifest of this format.
+            ValueError: It is missing, no manifest of this format, or a command that is not allowed.
         """
         place = str(location)
+        check_location(place, allow_pipe)
+        if scheme_of(place) == "pipe" and "{}" not in place:
+            raise ValueError(f"{place!r:.200} has no {{}} where the file's name belongs")
         root = place if "{}" in place else place.rpartition("/")[0]
         place = place.replace("{}", MANIFEST_NAME)
         if not is_remote(place) and Path(place).is_dir():

@@ -11,7 +11,7 @@ import torch.distributed
 from lightning import LightningDataModule, Trainer
 
 from datamodules.annotations.epic import read_retrieval_clips, read_sentences, retrieval_files
-from datamodules.manifest import load_records
+from datamodules.manifest import Manifest, load_records
 from datamodules.stream.cache import FileCache
 from datamodules.stream.clips import (
     ChooseText,
@@ -43,8 +43,11 @@ class RetrievalSplit:
     annotations: str | None = None
     split: str = "test"
 
-    def sentences(self) -> list[Narration]:
+    def sentences(self, allow_pipe: bool = False) -> list[Narration]:
         """Read the sentence list, in the order of the published similarity matrices' columns.
+
+        Args:
+            allow_pipe: The manifest's location may be a command.
 
         Raises:
             ValueError: A file is missing or malformed.
@@ -57,7 +60,7 @@ class RetrievalSplit:
                 for number, row in enumerate(rows)
             ]
         first: dict[str, Narration] = {}
-        for record in load_records(Corpus.load([self.manifest]).manifests[0]):
+        for record in load_records(Manifest.load(self.manifest, allow_pipe)):
             text = record.texts[0]
             if text not in first:
                 classes = record.verb_classes, record.noun_classes
@@ -91,6 +94,7 @@ class StreamDataModule(LightningDataModule):
             `torchcodec` or `pyav`.
         cache_dir: Folder for copies of remote shards; needed if a manifest is a URL.
         cache_gb: How much it may hold.
+        allow_pipe: A manifest's location may be `pipe:` and a command, which is then run.
     """
 
     def __init__(
@@ -111,6 +115,7 @@ class StreamDataModule(LightningDataModule):
         decoder: Decoder = "auto",
         cache_dir: str | None = None,
         cache_gb: float = 100.0,
+        allow_pipe: bool = False,
     ) -> None:
         super().__init__()
         self.cache = None if cache_dir is None else FileCache(cache_dir, int(cache_gb * 1e9))
@@ -118,6 +123,7 @@ class StreamDataModule(LightningDataModule):
         self.global_batch_size, self.eval_batch_size = global_batch_size, eval_batch_size
         self.num_workers, self.prefetch, self.seed = num_workers, prefetch, seed
         self.lanes, self.shuffle_window = lanes, shuffle_window
+        self.allow_pipe = allow_pipe
         self.max_fault_rate, self.accept_changed_data = max_fault_rate, accept_changed_data
         self.train_manifests: Sequence[str] = ()
         self.train_weights: Sequence[float] | None = None
@@ -135,7 +141,7 @@ class StreamDataModule(LightningDataModule):
     @cached_property
     def corpus(self) -> Corpus:
         """The training shards."""
-        return Corpus.load(self.train_manifests, self.train_weights)
+        return Corpus.load(self.train_manifests, self.train_weights, self.allow_pipe)
 
     @cached_property
     def order(self) -> StreamOrder:
@@ -273,10 +279,10 @@ class StreamDataModule(LightningDataModule):
     def _eval_loaders(self, split: RetrievalSplit | None) -> list[PlaceLoader]:
         if split is None:
             return []
-        reader = SampleReader(Corpus.load([split.manifest]), self.cache)
+        reader = SampleReader(Corpus.load([split.manifest], None, self.allow_pipe), self.cache)
         monitor = FaultMonitor(self.num_workers, self.max_fault_rate)
         clips = EvalClips(reader, self.clip_options, monitor)
-        sentences = EvalSentences(split.sentences())
+        sentences = EvalSentences(split.sentences(self.allow_pipe))
         return [self._eval_loader(clips, reader), self._eval_loader(sentences, None)]
 
     def _eval_loader(

@@ -112,4 +112,4 @@ class RetrievalDataModule(StreamDataModule):
     def choose_text(self) -> ChooseText:
         """Any narration that is relevant enough, at random."""
         assert self.train_split is not None
-        return NarrationMiner(self.train_split.sentences(), self.min_relevance)
+        return NarrationMiner(self.train_split.sentences(self.allow_pipe), self.min_relevance)

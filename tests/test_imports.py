@@ -79,6 +79,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "lightning_modules.pages",
     ),
     "lightning_modules.planning": (
+        "datamodules.stream",
         "kernels",
         "lightning_modules.models",
         "lightning_modules.training",

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from datamodules.files import write_atomically
 from datamodules.manifest import Manifest, Shard, ShardIndex
 from datamodules.shards.writer import measure
-from datamodules.stream.cache import local_path
 from datamodules.stream.reader import Corpus, SampleReader
+from datamodules.stream.stores import local_path
 from datamodules.video.decode import DamagedSample, decode_frames
 from datamodules.video.workers import Job, run_jobs
 

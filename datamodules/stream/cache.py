@@ -1,127 +1,20 @@
-"""Files that are not local: webdataset's openers, with retries, deadlines and a bounded cache."""
+"""Copies of remote files on a local disk, shared by all processes of a node."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import io
-import logging
 import os
-import select
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from webdataset.gopen import Pipe, gopen, gopen_pipe, gopen_schemes
+from datamodules.files import write_atomically
+from datamodules.stream.stores import Fetcher
 
-from datamodules.files import open_plain_file
-
-logger = logging.getLogger(__name__)
-
-_CHUNK = 1 << 20
-_STALE_S = 3600
-
-
-def _gopen_s3(url: str, mode: str = "rb", bufsize: int = 8192) -> Any:
-    """webdataset knows no `s3:`; AWS's own client does the work."""
-    return gopen_pipe(f"pipe:aws s3 cp '{url}' -", mode, bufsize)
-
-
-gopen_schemes.setdefault("s3", _gopen_s3)
-
-
-def is_remote(location: str) -> bool:
-    """True for a URL that needs one of webdataset's openers; `file:` and paths are local."""
-    scheme, colon, _ = location.partition(":")
-    return bool(colon) and len(scheme) > 1 and scheme != "file" and "/" not in scheme
-
-
-def local_path(location: str) -> Path:
-    """Path of a local location, `file:` URLs included."""
-    return Path(location.removeprefix("file://").removeprefix("file:"))
-
-
-def read_bytes(location: str) -> bytes:
-    """Read a whole small file.
-
-    Raises:
-        OSError: It cannot be read; remote ones after retries.
-    """
-    if not is_remote(location):
-        with os.fdopen(open_plain_file(local_path(location)), "rb") as file:
-            return file.read()
-    buffer = io.BytesIO()
-    Fetcher().copy(location, buffer)
-    return buffer.getvalue()
-
-
-class Fetcher:
-    """Copies remote files, again and again if need be.
-
-    Args:
-        tries: How often.
-        wait_s: Pause after the first failure; it doubles from try to try.
-        timeout_s: Longest silence of the source before a try counts as failed.
-    """
-
-    def __init__(self, tries: int = 4, wait_s: float = 1.0, timeout_s: float = 60.0) -> None:
-        self.tries, self.wait_s, self.timeout_s = tries, wait_s, timeout_s
-
-    def copy(self, url: str, target: BinaryIO, sha256: str | None = None) -> None:
-        """Copy a file.
-
-        Args:
-            url: Where from.
-            target: Where to; emptied before each try.
-            sha256: What must have come.
-
-        Raises:
-            OSError: All tries failed; the message has the last reason.
-        """
-        for attempt in range(self.tries):
-            if attempt:
-                time.sleep(self.wait_s * 2 ** (attempt - 1))
-            target.seek(0)
-            target.truncate()
-            try:
-                digest = hashlib.sha256()
-                for chunk in self._read(url):
-                    digest.update(chunk)
-                    target.write(chunk)
-                if sha256 is not None and digest.hexdigest() != sha256:
-                    raise OSError(f"{target.tell()} bytes came whose SHA-256 is another")
-                return
-            except (OSError, ValueError) as error:  # gopen raises ValueError for unknown schemes
-                last = error
-                logger.warning("%s: %s (try %d of %d)", url, error, attempt + 1, self.tries)
-        raise OSError(f"cannot read {url} in {self.tries} tries: {last}") from last
-
-    def _read(self, url: str) -> Iterator[bytes]:
-        stream = gopen(url, "rb")
-        if not isinstance(stream, Pipe):
-            with stream:
-                while chunk := stream.read(_CHUNK):
-                    yield chunk
-            return
-        # a subprocess, such as curl: it may be silent for ever, so wait with a deadline
-        assert stream.stream is not None
-        descriptor = stream.stream.fileno()
-        try:
-            while True:
-                if not select.select([descriptor], [], [], self.timeout_s)[0]:
-                    raise TimeoutError(f"nothing came for {self.timeout_s:g} s")
-                chunk = os.read(descriptor, _CHUNK)
-                if not chunk:
-                    break
-                yield chunk
-        except BaseException:
-            stream.proc.kill()
-            with contextlib.suppress(OSError):
-                stream.close()
-            raise
-        stream.close()  # raises if the command failed
+_STALE_S = 3600.0
+_PLAN = ".plan"
 
 
 class FileCache:
@@ -130,9 +23,12 @@ class FileCache:
     Files are named by their SHA-256, so that a changed data set never meets an old file. A file
     that is deleted to make room stays readable to those who have it open.
 
+    What goes first is what nobody plans to use, the longest unused before the others; then what
+    is to be used last. A reader that knows its order says so with `publish`.
+
     Args:
         folder: Where; made if need be.
-        limit_bytes: Above this, the files used longest ago go.
+        limit_bytes: How much it may hold.
         fetcher: Gets what is not there.
     """
 
@@ -154,14 +50,23 @@ class FileCache:
             try:
                 file = path.open("rb")
             except FileNotFoundError:
-                temporary = path.with_suffix(".tmp")
-                with temporary.open("wb") as target:
-                    self.fetcher.copy(url, target, sha256)
-                temporary.replace(path)
+                self.fetcher.copy(url, path, sha256)
                 file = path.open("rb")
             os.utime(path)
         self._make_room(keep=path)
         return file
+
+    def has(self, sha256: str) -> bool:
+        """True if a file is there."""
+        return (self.folder / sha256).exists()
+
+    def publish(self, reader: str, sha256s: Sequence[str]) -> None:
+        """Say which files a reader will use, the next one first; holds for an hour."""
+        write_atomically(self.folder / f"{reader}{_PLAN}", "\n".join(sha256s))
+
+    def withdraw(self, reader: str) -> None:
+        """Take a reader's plan back."""
+        (self.folder / f"{reader}{_PLAN}").unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
@@ -171,15 +76,28 @@ class FileCache:
 
     def _make_room(self, keep: Path) -> None:
         with self._locked("evict"):
-            entries = []
+            files, total = [], 0
+            next_use: dict[str, int] = {}
             for entry in os.scandir(self.folder):
+                path = Path(entry.path)
                 with contextlib.suppress(FileNotFoundError):
-                    entries.append((entry.stat().st_mtime, entry.stat().st_size, Path(entry.path)))
-            now, total = time.time(), sum(size for _, size, _ in entries)
-            for used_s, size, path in sorted(entries):
-                abandoned = path.suffix == ".tmp" and now - used_s > _STALE_S
-                if path.suffix == ".lock" or (path.suffix == ".tmp" and not abandoned):
-                    continue
-                if abandoned or (total > self.limit_bytes and path != keep):
-                    path.unlink(missing_ok=True)
-                    total -= size
+                    status = entry.stat()
+                    stale = time.time() - status.st_mtime > _STALE_S
+                    if path.suffix == ".lock" or entry.name.startswith("."):
+                        continue
+                    if stale and path.suffix in (".tmp", _PLAN):  # of a process that is gone
+                        path.unlink(missing_ok=True)
+                    elif path.suffix == _PLAN:
+                        for place, name in enumerate(path.read_text().split("\n")):
+                            next_use[name] = min(place, next_use.get(name, place))
+                    else:
+                        total += status.st_size
+                        if path != keep and path.suffix != ".tmp":
+                            files.append((path, status.st_mtime, status.st_size))
+            never = len(next_use) + 1
+            files.sort(key=lambda file: (-next_use.get(file[0].name, never), file[1]))
+            for path, _, size in files:
+                if total <= self.limit_bytes:
+                    return
+                path.unlink(missing_ok=True)
+                total -= size

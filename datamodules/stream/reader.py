@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from datamodules.files import open_plain_file
 from datamodules.manifest import ClipRecord, Manifest, Shard, ShardIndex, WrongManifest
-from datamodules.stream.cache import FileCache, is_remote, local_path
+from datamodules.stream.cache import FileCache
+from datamodules.stream.stores import is_remote, local_path
 from datamodules.video.decode import DamagedSample
 
 MAX_OPEN_SHARDS = 256
@@ -35,8 +36,18 @@ class Corpus:
     weights: tuple[float, ...]
 
     @classmethod
-    def load(cls, locations: Sequence[str], weights: Sequence[float] | None = None) -> Corpus:
+    def load(
+        cls,
+        locations: Sequence[str],
+        weights: Sequence[float] | None = None,
+        allow_pipe: bool = False,
+    ) -> Corpus:
         """Read the manifests.
+
+        Args:
+            locations: As `Manifest.load` takes them.
+            weights: How often each set is seen in an epoch.
+            allow_pipe: Locations may be commands.
 
         Raises:
             ValueError: None is given, one cannot be read, or the weights are not one a manifest.
@@ -47,7 +58,7 @@ class Corpus:
             raise ValueError(
                 f"{len(weights)} weights for {len(locations)} manifests; give one each"
             )
-        manifests = tuple(Manifest.load(location) for location in locations)
+        manifests = tuple(Manifest.load(location, allow_pipe) for location in locations)
         return cls(manifests, tuple(weights or [1.0] * len(manifests)))
 
     @cached_property

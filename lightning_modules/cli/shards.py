@@ -149,7 +149,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    summary = describe(Manifest.load(args.manifest))
+    summary = describe(Manifest.load(args.manifest, args.allow_pipe))
     if args.json:
         write_atomically(Path(args.json), json.dumps(summary, indent=1) + "\n")
     print(render(summary))
@@ -167,6 +167,9 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 def _add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifest", help="manifest.json, its folder, or its URL")
     parser.add_argument("--json", metavar="FILE", help="write all of it, whole histograms included")
+    parser.add_argument(
+        "--allow-pipe", action="store_true", help="run the command if MANIFEST is pipe:COMMAND"
+    )
 
 
 # name -> (what it does, its options, its work)

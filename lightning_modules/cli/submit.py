@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from datamodules.stream.stores import is_remote, local_path
 from lightning_modules.packaged import folder
 from lightning_modules.training.recipe import RecipeCLI, build_cli
 from lightning_modules.training.run.checkpoint_store import CheckpointFolder
@@ -82,7 +83,7 @@ def _check_files(cli: RecipeCLI) -> str:
     data = cli.datamodule
     splits = [split.manifest for split in (data.val_split, data.test_split) if split is not None]
     for manifest in (*data.train_manifests, *splits):
-        if not Path(manifest).exists():
+        if not is_remote(manifest) and not local_path(manifest).exists():
             raise ValueError(f"{manifest} does not exist; make it with `eva02-at shards build`")
     run_dir = Path(cli.config.run_dir)
     names = CheckpointFolder(cli.config.checkpoints.dirpath or run_dir / "checkpoints").candidates()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
+from datamodules.stream.stores import is_remote, local_path
 from lightning_modules.models import VideoClassifier
 from lightning_modules.planning.costs import (
     GIB,
@@ -25,7 +25,11 @@ def _steps(cli: RecipeCLI, clips: int | None, epochs: int | None) -> int:
     if clips is not None:
         per_epoch = clips // batch
     else:
-        missing = [p for p in cli.datamodule.train_manifests if not Path(p).exists()]
+        missing = [
+            place
+            for place in cli.datamodule.train_manifests
+            if not is_remote(place) and not local_path(place).exists()
+        ]
         if missing:
             raise ValueError(
                 f"{missing[0]} does not exist, so the length of an epoch is not known; "
