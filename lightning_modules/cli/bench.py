@@ -11,6 +11,7 @@ BENCHES = {
     "data": "reading and decoding clips",
     "eval": "mAP and nDCG against full sorts in numpy",
     "loss": "retrieval losses against the (2*B*B, 1) formulation",
+    "search": "growing, opening and asking an index of windows",
     "step": "a training step against one written as AVION's users run it",
 }
 

@@ -41,8 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--index",
         type=Path,
-        metavar="FILE",
-        help="where the index lies (DIR/.eva02-at/search-HASH.safetensors)",
+        metavar="DIR",
+        help="where the index lies (DIR/.eva02-at/search-HASH)",
     )
     add_video_options(parser)
     parser.set_defaults(rate=0.5)
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
     folder = open_folder(options.videos, loaded, embed_options(options), options.index)
     print(folder.told)
     report_unreadable(folder.unreadable)
-    if not len(folder.index.embeddings):
+    if not len(folder.index):
         raise ValueError(f"no video in {options.videos} could be read")
     started = time.monotonic()
     answers = folder.ask(options.query, options.top, options.template)
@@ -89,14 +89,18 @@ def main(argv: list[str]) -> int:
 
 
 def _print(answers: list[Answer], folder: Path) -> None:
-    from lightning_modules.inference.search_page import clock
+    from lightning_modules.inference.search_page import NOTHING_FITS, clock
 
     for answer in answers:
         print(f"\n{answer.query}")
+        if not answer.fits:
+            print(f"  {NOTHING_FITS}")
         for rank, hit in enumerate(answer.hits, start=1):
             window = hit.window
             span = f"{clock(window.start_s)}-{clock(window.end_s)}"
-            print(f"{rank:4}  {hit.score:6.3f}  {span:<16}  {window.video.relative_to(folder)}")
+            sure = f"{answer.sure[rank - 1]:5.0%} sure" if answer.sure else ""
+            where = window.video.relative_to(folder)
+            print(f"{rank:4}  {hit.score:6.3f}  {sure}  {span:<16}  {where}")
     print()
 
 

@@ -54,13 +54,18 @@ class FolderSearch:
         if not queries:
             return []
         texts = self.embedder.texts([template.replace("{}", query) for query in queries])
-        found = [self.index.search(text, top) for text in texts]
-        return [Answer(query, hits) for query, hits in zip(queries, found, strict=True)]
+        background = self.index.background()
+        answers = []
+        for query, text in zip(queries, texts, strict=True):
+            hits = self.index.search(text, top)
+            sure = [background.surer_than(hit.z) if background else 0.0 for hit in hits]
+            answers.append(Answer(query, hits, sure))
+        return answers
 
     def page(self, answers: Sequence[Answer], num_workers: int) -> str:
         """Lay answers out as an HTML page with the frames in it."""
         facts = (
-            f"{len(self.index.embeddings)} windows of {len(self.index.videos)} videos, "
+            f"{len(self.index)} windows of {len(self.index.videos)} videos, "
             f"{self.loaded.source.path}"
         )
         problems = [
@@ -86,7 +91,7 @@ def open_folder(
     embedder = Embedder(loaded, options)
     how = [embedder.num_frames, options.rate, options.window_s, options.dtype]
     key = hashlib.sha256(json.dumps([loaded.model_hash(), *how]).encode()).hexdigest()
-    path = index_path or folder / INDEX_FOLDER / f"search-{key[:12]}.safetensors"
+    path = index_path or folder / INDEX_FOLDER / f"search-{key[:12]}"
     index = SearchIndex.load(path, folder, key)
     started = time.monotonic()
     with tqdm(unit="video", disable=None) as bar:
@@ -97,7 +102,7 @@ def open_folder(
 
         num_read = index.update(embedder, path, show)
     told = (
-        f"index: {len(index.embeddings)} windows of {len(index.videos)} videos, {num_read} read "
+        f"index: {len(index)} windows of {len(index.videos)} videos, {num_read} read "
         f"now in {time.monotonic() - started:.1f} s"
     )
     return FolderSearch(folder, loaded, embedder, index, told)

@@ -1,10 +1,20 @@
-"""An index of a folder's videos for text search: one file, brought up to date file by file."""
+"""An index of a folder's videos for text search, in parts that are only ever added.
+
+    .eva02-at/search-1f0c.../part-01732...-4711.safetensors    600 videos, 81,000 windows
+                             part-01732...-4711.safetensors     12 videos,  1,300 windows (newer)
+
+A part holds the windows of some videos. A video's newest part counts; windows of videos that have
+changed or left are passed over. Bytes are written once when they are new, and again only when small
+parts are put together, so that an index of millions of windows grows by what is new. Parts are
+mapped into memory, not read: a query goes through them block by block.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,12 +25,18 @@ from torch import Tensor
 
 from datamodules.files import write_whole
 from datamodules.video.windows import Window, find_videos
+from lightning_modules.inference.calibration import BANK, Background, Moments
 from lightning_modules.inference.embedding import Embedded, Embedder
 
-_FORMAT = "eva02-at search index 1"
+_FORMAT = "eva02-at search index 2"
 _SLICE = 64  # videos between two looks at the clock
 _SAVE_EVERY_S = 60.0
 _CANDIDATES = 50  # looked at for each hit wanted: neighbours of better ones are passed over
+_BLOCK = (
+    1 << 12
+)  # windows scored at a time: in float32 they fit the cache, 5 times faster than 2^16
+_SMALL_ROWS, _MOST_SMALL = 1 << 16, 16  # so many parts below that size are put together
+_PARALLEL = ("video", "spans", "embeddings")
 
 
 @dataclass(frozen=True)
@@ -42,91 +58,153 @@ class IndexedVideo:
 
 @dataclass(frozen=True)
 class Hit:
-    """A window that answers a query: the cosine similarity is `score`."""
+    """A window that answers a query.
+
+    Attributes:
+        window: Where.
+        score: Cosine similarity.
+        z: The same in standard deviations above the query's mean over the whole index.
+    """
 
     window: Window
     score: float
+    z: float = 0.0
+
+
+@dataclass
+class Part:
+    """Windows of some videos, as one file holds them.
+
+    Row n belongs to videos[video[n]] from spans[n, 0] to spans[n, 1] seconds.
+
+    Attributes:
+        videos: Those that were read, or tried.
+        video: (N,) int64.
+        spans: (N, 2) float64.
+        embeddings: (N, E) float16: cosines move by less than 1e-3, and half as much is read.
+        background: How a bank of sentences scores on these windows.
+        path: The file; None for one that is not written yet.
+        live: Numbers of the videos that count; None for all.
+        alive: (N,) bool, which rows count; None for all.
+    """
+
+    videos: list[IndexedVideo]
+    video: Tensor
+    spans: Tensor
+    embeddings: Tensor
+    background: Background
+    path: Path | None = None
+    live: list[int] | None = None
+    alive: Tensor | None = None
+
+    @property
+    def num_alive(self) -> int:
+        """Rows that count."""
+        return len(self.video) if self.alive is None else int(self.alive.sum())
+
+    def keep(self, live: list[int]) -> None:
+        """Let only the videos with these numbers, and their rows, count."""
+        if len(live) == len(self.videos):
+            self.live = self.alive = None
+            return
+        wanted = torch.zeros(len(self.videos), dtype=torch.bool)
+        wanted[live] = True
+        self.live, self.alive = live, wanted[self.video]
+
+    @property
+    def live_videos(self) -> list[IndexedVideo]:
+        """Those that count."""
+        return self.videos if self.live is None else [self.videos[number] for number in self.live]
+
+    @classmethod
+    def read(cls, path: Path, key: str) -> Part | None:
+        """Map a file; None if it is of another model, other options or another version.
+
+        Raises:
+            ValueError: The file is no part of an index, or damaged.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {})["index"])
+                if about["format"] != _FORMAT or about["key"] != key:
+                    return None
+                video, spans, embeddings = (file.get_tensor(name) for name in _PARALLEL)
+                background = Background(**{n: file.get_tensor(n) for n in Background.FIELDS})
+            videos = [IndexedVideo(**video) for video in about["videos"]]
+            return cls(videos, video, spans, embeddings, background, path)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is no part of a search index, or is damaged ({error!r}); remove it, and "
+                "its videos are read anew"
+            ) from None
+
+    def write(self, folder: Path, key: str) -> None:
+        """Write the part under a name of its own, whole or not at all."""
+        # the clock puts later parts after earlier ones, the process keeps two writers apart
+        self.path = folder / f"part-{time.time_ns():020}-{os.getpid()}.safetensors"
+        about = {"format": _FORMAT, "key": key, "videos": [asdict(v) for v in self.videos]}
+        tensors = {name: getattr(self, name).contiguous() for name in _PARALLEL}
+        tensors |= self.background.tensors()
+        metadata = {"index": json.dumps(about)}
+        try:
+            write_whole(self.path, lambda file: save_file(tensors, file, metadata=metadata))
+        except OSError as error:
+            told = f"the index {folder} cannot be written ({error.strerror}); see --index"
+            raise OSError(error.errno, told) from error
 
 
 @dataclass
 class SearchIndex:
     """Embeddings of every window of a folder's videos.
 
-    Row n belongs to videos[video[n]] from spans[n, 0] to spans[n, 1] seconds.
-
     Attributes:
         folder: The folder.
         key: What the embeddings depend on besides the videos: model and options.
-        videos: Those that were read, or tried.
-        video: (N,) int64.
-        spans: (N, 2) float64.
-        embeddings: (N, E) float32.
+        parts: Oldest first.
     """
 
     folder: Path
     key: str
-    videos: list[IndexedVideo] = field(default_factory=list)
-    video: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    spans: Tensor = field(default_factory=lambda: torch.empty(0, 2, dtype=torch.float64))
-    embeddings: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    parts: list[Part] = field(default_factory=list)
 
     @classmethod
     def load(cls, path: Path, folder: Path, key: str) -> SearchIndex:
-        """Read an index; an empty one where there is none, or one of another model or options.
+        """Map an index; an empty one where there is none, or one of another model or options.
+
+        Args:
+            path: Folder of the parts.
+            folder: Of the videos.
+            key: See the class.
 
         Raises:
-            ValueError: the file is no index, or damaged.
+            ValueError: A file is no part of an index, or damaged.
         """
-        if not path.is_file():
-            return cls(folder, key)
-        try:
-            with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {})["index"])
-                tensors = {name: file.get_tensor(name) for name in ("video", "spans", "embeddings")}
-            if about["format"] != _FORMAT or about["key"] != key:
-                return cls(folder, key)
-            return cls(folder, key, [IndexedVideo(**v) for v in about["videos"]], **tensors)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} is no search index, or is damaged ({error!r}); remove it, and the folder "
-                "is indexed anew"
-            ) from None
+        if path.is_file():
+            raise ValueError(f"the index {path} is a file; name a folder (or remove the file)")
+        found = (Part.read(file, key) for file in sorted(path.glob("part-*.safetensors")))
+        return cls(folder, key, [part for part in found if part is not None])
 
-    def save(self, path: Path) -> None:
-        """Write the index, whole or not at all."""
-        about = {
-            "format": _FORMAT,
-            "key": self.key,
-            "videos": [asdict(video) for video in self.videos],
-        }
-        tensors = {"video": self.video, "spans": self.spans, "embeddings": self.embeddings}
-        metadata = {"index": json.dumps(about)}
-        try:
-            write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-        except OSError as error:
-            raise OSError(f"the index {path} cannot be written ({error}); see --index") from error
+    def __len__(self) -> int:
+        return sum(part.num_alive for part in self.parts)
 
-    def stale(self) -> tuple[list[Path], int]:
-        """Drop what has left the folder or changed there.
+    @property
+    def videos(self) -> list[IndexedVideo]:
+        """Those that count, in the order of the parts."""
+        return [video for part in self.parts for video in part.live_videos]
 
-        Returns:
-            The videos to read, and how many were dropped.
-        """
+    def stale(self) -> list[Path]:
+        """Let only what is in the folder as it was read count; returns the videos to read."""
         now = {str(p.relative_to(self.folder)): p for p in find_videos([self.folder])}
-        keep = [number for number, old in enumerate(self.videos) if old == self._state(old, now)]
-        dropped = len(self.videos) - len(keep)
-        if dropped:
-            place = torch.full((len(self.videos),), -1)
-            place[keep] = torch.arange(len(keep))
-            rows = place[self.video] >= 0
-            self.video = place[self.video][rows]
-            self.spans, self.embeddings = self.spans[rows], self.embeddings[rows]
-            self.videos = [self.videos[number] for number in keep]
-        known = {old.path for old in self.videos}
-        return [path for name, path in now.items() if name not in known], dropped
-
-    def _state(self, old: IndexedVideo, now: dict[str, Path]) -> IndexedVideo | None:
-        return _describe(now[old.path], old.path, old.problem) if old.path in now else None
+        missing = dict(now)
+        for part in reversed(self.parts):
+            live = []
+            for number, old in enumerate(part.videos):
+                path = missing.get(old.path)
+                if path is not None and _describe(path, old.path, old.problem) == old:
+                    live.append(number)
+                    del missing[old.path]
+            part.keep(live)
+        return list(missing.values())
 
     def update(
         self,
@@ -134,52 +212,89 @@ class SearchIndex:
         path: Path,
         on_videos: Callable[[int, int], object] = lambda done, total: None,
     ) -> int:
-        """Read what is new or changed in the folder, and save from time to time.
+        """Read what is new or changed in the folder, and add it from time to time.
 
         Args:
             embedder: Must be the one of `key`.
-            path: Where to save.
+            path: Folder of the parts.
             on_videos: Called with the numbers of videos finished and to read.
 
         Returns:
             How many videos were read.
         """
-        todo, dropped = self.stale()
+        todo = self.stale()
+        bank = embedder.texts(BANK)
+        waiting: list[tuple[dict[Path, IndexedVideo], Embedded]] = []
         saved_at = time.monotonic()
         for start in range(0, len(todo), _SLICE):
-            part = todo[start : start + _SLICE]
+            group = todo[start : start + _SLICE]
             # before reading: a file that changes meanwhile is read again next time
-            states = {v: _describe(v, str(v.relative_to(self.folder)), None) for v in part}
-            windows, unreadable = embedder.windows_of(part)
+            states = {v: _describe(v, str(v.relative_to(self.folder)), None) for v in group}
+            windows, unreadable = embedder.windows_of(group)
             result = embedder.windows(windows)
             result.unreadable = unreadable + result.unreadable
-            self._add(states, result)
-            on_videos(start + len(part), len(todo))
+            waiting.append((states, result))
+            on_videos(start + len(group), len(todo))
             if time.monotonic() - saved_at > _SAVE_EVERY_S:
-                self.save(path)
-                saved_at = time.monotonic()
-        if todo or dropped or not path.exists():
-            self.save(path)
+                self._add(waiting, bank, path)
+                waiting, saved_at = [], time.monotonic()
+        if waiting:
+            self._add(waiting, bank, path)
+        self._tidy(bank, path)
         return len(todo)
 
-    def _add(self, states: dict[Path, IndexedVideo], result: Embedded) -> None:
-        problems: dict[Path, str] = {}
-        for problem in result.unreadable:
-            problems.setdefault(problem.video, problem.reason)
-        first = len(self.videos)
-        place = {video: first + number for number, video in enumerate(states)}
-        self.videos += [
-            IndexedVideo(state.path, state.mtime_ns, state.size, problems.get(video))
-            for video, state in states.items()
-        ]
-        if not result.windows:
+    def _add(
+        self, read: Sequence[tuple[dict[Path, IndexedVideo], Embedded]], bank: Tensor, path: Path
+    ) -> None:
+        videos: list[IndexedVideo] = []
+        rows: list[int] = []
+        for states, result in read:
+            problems: dict[Path, str] = {}
+            for problem in result.unreadable:
+                problems.setdefault(problem.video, problem.reason)
+            place = {video: len(videos) + number for number, video in enumerate(states)}
+            videos += [
+                IndexedVideo(state.path, state.mtime_ns, state.size, problems.get(video))
+                for video, state in states.items()
+            ]
+            rows += [place[window.video] for window in result.windows]
+        windows = [window for _, result in read for window in result.windows]
+        spans = torch.tensor([(w.start_s, w.end_s) for w in windows], dtype=torch.float64)
+        embeddings = torch.cat([result.embeddings for _, result in read]).half()
+        video = torch.tensor(rows, dtype=torch.int64)
+        background = Background.of(bank, _blocks(embeddings))
+        part = Part(videos, video, spans.reshape(-1, 2), embeddings, background)
+        part.write(path, self.key)
+        self.parts.append(part)
+
+    def _tidy(self, bank: Tensor, path: Path) -> None:
+        """Put small parts together once there are many; drop those without a row that counts.
+
+        A part is written before those it replaces are removed: a video is in the newest, whenever
+        the process ends. A part that is mostly dead counts as a small one.
+        """
+        small = [part for part in self.parts if part.num_alive < _SMALL_ROWS]
+        if len(small) <= _MOST_SMALL:
             return
-        video = torch.tensor([place[w.video] for w in result.windows])
-        spans = torch.tensor([(w.start_s, w.end_s) for w in result.windows], dtype=torch.float64)
-        old = self.embeddings if len(self.embeddings) else result.embeddings[:0]
-        self.video = torch.cat((self.video, video))
-        self.spans = torch.cat((self.spans, spans))
-        self.embeddings = torch.cat((old, result.embeddings))
+        videos: list[IndexedVideo] = []
+        rows, spans, embeddings = [], [], []
+        for part in small:
+            alive = slice(None) if part.alive is None else part.alive
+            place = torch.full((len(part.videos),), -1)
+            live = part.live_videos
+            place[slice(None) if part.live is None else part.live] = torch.arange(len(live))
+            rows.append(place[part.video[alive]] + len(videos))
+            spans.append(part.spans[alive])
+            embeddings.append(part.embeddings[alive])
+            videos += live
+        joined = torch.cat(embeddings)
+        background = Background.of(bank, _blocks(joined))
+        part = Part(videos, torch.cat(rows), torch.cat(spans), joined, background)
+        part.write(path, self.key)
+        for old in small:
+            if old.path is not None:
+                old.path.unlink(missing_ok=True)
+        self.parts = [p for p in self.parts if not any(p is old for old in small)] + [part]
 
     def search(self, query: Tensor, count: int) -> list[Hit]:
         """Find the windows nearest to a query, best first; ties in the order of the index.
@@ -190,21 +305,45 @@ class SearchIndex:
             query: (E,) L2-normalised.
             count: How many to return at most.
         """
-        if not len(self.embeddings):
-            return []
-        scores = self.embeddings @ query
-        number = min(len(scores), count * _CANDIDATES)
-        best = torch.topk(scores, number).indices
-        best = best[torch.sort(scores[best], descending=True, stable=True).indices]
+        number = count * _CANDIDATES
+        moments = Moments()
+        best: list[tuple[float, int, int]] = []  # score, part, row
+        for place, part in enumerate(self.parts):
+            scores = torch.cat([block @ query for block in _blocks(part.embeddings)])
+            if part.alive is None:
+                moments.add(scores)
+            else:
+                moments.add(scores[part.alive])
+                scores = scores.masked_fill(~part.alive, -torch.inf)
+            top = torch.topk(scores, min(number, len(scores)))
+            rows = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+            best += [(score, place, row) for score, row in rows]
+        best = sorted(best, key=lambda found: (-found[0], *found[1:]))[:number]
+        return self._distinct(best, moments, count)
+
+    def _distinct(
+        self, best: Iterable[tuple[float, int, int]], moments: Moments, count: int
+    ) -> list[Hit]:
         hits: list[Hit] = []
-        for row in best.tolist():
-            start_s, end_s = self.spans[row].tolist()
-            window = Window(self.folder / self.videos[int(self.video[row])].path, start_s, end_s)
-            if not any(_overlap(window, hit.window) for hit in hits):
-                hits.append(Hit(window, float(scores[row])))
-            if len(hits) == count:
+        for score, place, row in best:
+            if len(hits) == count or score == -torch.inf:
                 break
+            part = self.parts[place]
+            start_s, end_s = part.spans[row].tolist()
+            window = Window(self.folder / part.videos[int(part.video[row])].path, start_s, end_s)
+            if not any(_overlap(window, hit.window) for hit in hits):
+                hits.append(Hit(window, score, moments.z(score)))
         return hits
+
+    def background(self) -> Background | None:
+        """How the bank's sentences score on the whole index; None where it is empty."""
+        return Background.joined([part.background for part in self.parts])
+
+
+def _blocks(embeddings: Tensor) -> Iterable[Tensor]:
+    """Float32 blocks of rows."""
+    for start in range(0, max(1, len(embeddings)), _BLOCK):
+        yield embeddings[start : start + _BLOCK].float()
 
 
 def _describe(path: Path, name: str, problem: str | None) -> IndexedVideo:

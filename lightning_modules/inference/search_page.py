@@ -18,6 +18,8 @@ from lightning_modules.inference.search_index import Hit
 from lightning_modules.pages import page
 
 _FRAMES, _HEIGHT = 3, 120
+_NOTHING_FITS = 0.5
+NOTHING_FITS = "Nothing here fits well: random sentences find windows that stand out as much."
 
 _STYLE = """
 h1 { font-size: 15px; font-weight: 500; color: var(--soft); margin: 0 0 4px; }
@@ -39,6 +41,7 @@ h2 { font-size: 24px; font-weight: 650; margin: 20px 0 14px; }
 .rank { color: var(--mark); font-weight: 650; }
 .bar { flex: 1; height: 5px; border-radius: 3px; background: var(--line); }
 .bar i { display: block; height: 100%; border-radius: 3px; background: var(--mark); }
+.unsure { color: var(--bad); }
 footer { margin-top: 28px; color: var(--soft); font-size: 13px; }
 details { margin-top: 6px; }
 """
@@ -46,10 +49,23 @@ details { margin-top: 6px; }
 
 @dataclass(frozen=True)
 class Answer:
-    """A query and its hits, best first."""
+    """A query and its hits, best first.
+
+    Attributes:
+        query: As it was asked.
+        hits: Windows.
+        sure: For each hit, the share of sentences that mean nothing here whose best window stands
+            out less (`Background.surer_than`); empty where that is not known.
+    """
 
     query: str
     hits: Sequence[Hit]
+    sure: Sequence[float] = ()
+
+    @property
+    def fits(self) -> bool:
+        """False where the best hit stands out no more than a random sentence's usually does."""
+        return not self.sure or self.sure[0] > _NOTHING_FITS
 
 
 def clock(seconds: float) -> str:
@@ -89,22 +105,17 @@ def search_page(
 
 
 def _section(answer: Answer, folder: Path, strips: dict[Window, list[str] | str]) -> str:
-    scores = [hit.score for hit in answer.hits]
-    low, high = min(scores, default=0.0), max(scores, default=0.0)
+    sure: list[float | None] = [*answer.sure] or [None] * len(answer.hits)
     cards = [
-        # the bar compares hits of one query: a cosine has no scale of its own
-        _card(rank, hit, folder, strips[hit.window], 0.15 + 0.85 * _share(hit.score, low, high))
-        for rank, hit in enumerate(answer.hits, start=1)
+        _card(rank, hit, folder, strips[hit.window], share)
+        for rank, (hit, share) in enumerate(zip(answer.hits, sure, strict=True), start=1)
     ]
     found = f'<div class="grid">{"".join(cards)}</div>' if cards else "<p>Nothing is indexed.</p>"
-    return f"<section><h2>“{html.escape(answer.query)}”</h2>{found}</section>"
+    warning = "" if answer.fits else f'<p class="unsure">{NOTHING_FITS}</p>'
+    return f"<section><h2>“{html.escape(answer.query)}”</h2>{warning}{found}</section>"
 
 
-def _share(value: float, low: float, high: float) -> float:
-    return 1.0 if high == low else (value - low) / (high - low)
-
-
-def _card(rank: int, hit: Hit, folder: Path, strip: list[str] | str, share: float) -> str:
+def _card(rank: int, hit: Hit, folder: Path, strip: list[str] | str, sure: float | None) -> str:
     window = hit.window
     if isinstance(strip, str):
         pictures = f'<div class="lost">{html.escape(strip)}</div>'
@@ -122,8 +133,17 @@ def _card(rank: int, hit: Hit, folder: Path, strip: list[str] | str, share: floa
         f'<a class="name" href="{html.escape(link)}">{name}</a>'
         f'<div class="facts"><span class="rank">{rank}</span>'
         f"<span>{clock(window.start_s)} – {clock(window.end_s)}</span>"
-        f'<span class="bar"><i style="width:{100 * share:.0f}%"></i></span>'
-        f"<span>{hit.score:.3f}</span></div></div></article>"
+        f"{_sureness(sure)}<span>{hit.score:.3f}</span></div></div></article>"
+    )
+
+
+def _sureness(sure: float | None) -> str:
+    if sure is None:
+        return ""
+    told = f"stands out more than the best window of {sure:.0%} of random sentences"
+    return (
+        f'<span class="bar" title="{told}"><i style="width:{100 * sure:.0f}%"></i></span>'
+        f'<span title="{told}">{sure:.0%} sure</span>'
     )
 
 
