@@ -36,13 +36,15 @@ class Form:
         kernel: "rotate q, k", "rotate k", "gated norm" or "gated norm, backward".
         width: Channels of a head, or hidden channels F.
         element_type: Of q and k, or of the hidden channels: "fp32", "bf16" or "fp16".
-        weight_type: Of the norm's weight, bias and output; autocast keeps them in fp32.
+        weight_type: Of the norm's weight and bias; autocast keeps them in fp32.
+        padded: Hidden channels with padding, where there is any.
     """
 
     kernel: str
     width: int
     element_type: str
     weight_type: str | None = None
+    padded: int | None = None
 
 
 _GATED = ("gated norm", "gated norm, backward")
@@ -52,7 +54,7 @@ FORMS = (
     *(Form("rotate q, k", 20, name) for name in ("fp32", "bf16")),  # 20 is no power of two
     *(Form(kernel, 2048, name, name) for kernel in _GATED for name in ELEMENT_TYPES),
     *(Form(kernel, 2048, "bf16", "fp32") for kernel in _GATED),
-    *(Form(kernel, 2730, "bf16", "bf16") for kernel in _GATED),  # the L model's
+    *(Form(kernel, 2730, "bf16", "fp32", 2736) for kernel in _GATED),  # the L model's
 )
 
 
@@ -165,7 +167,9 @@ def _kernel(form: Form) -> tuple[Any, dict[str, int], int]:
 
     if form.kernel in _GATED:
         backward = form.kernel == "gated norm, backward"
-        sizes, num_warps = triton_gated_norm.launch_sizes(form.width, backward=backward)
+        sizes, num_warps = triton_gated_norm.launch_sizes(
+            form.width, form.padded or form.width, backward=backward
+        )
         kernels = (
             triton_gated_norm.gated_norm_kernel,
             triton_gated_norm.gated_norm_backward_kernel,
@@ -179,9 +183,9 @@ def _kernel(form: Form) -> tuple[Any, dict[str, int], int]:
 def _argument_type(name: str, form: Form, constants: dict) -> str:
     if name in constants:
         return "constexpr"
-    if name in ("q_in", "k_in", "q_out", "k_out", "hidden", "d_hidden"):
+    if name in ("q_in", "k_in", "q_out", "k_out", "hidden", "d_hidden", "out", "grad"):
         return f"*{form.element_type}"
-    if name in ("weight", "bias", "out", "grad"):
+    if name in ("weight", "bias"):
         return f"*{form.weight_type}"
     if name in ("spatial", "temporal", "mean", "rstd", "d_parameters"):
         return "*fp32"

@@ -23,7 +23,7 @@ def can_run(hidden: Tensor, weight: Tensor) -> bool:
         hidden.device.type == "cpu"
         and hidden.dtype in _DTYPES
         and weight.dtype in _DTYPES
-        and len(weight) <= _MAX_CHANNELS
+        and hidden.shape[1] // 2 <= _MAX_CHANNELS
         and _library() is not None
     )
 
@@ -35,8 +35,8 @@ def forward(
     library = _library()
     assert library is not None, "can_run was not asked"
     weight_f32, bias_f32 = weight.float(), bias.float()
-    num_rows, num_channels = len(hidden), len(weight)
-    out = torch.empty(num_rows, num_channels, dtype=weight.dtype)
+    num_rows, num_padded = len(hidden), hidden.shape[1] // 2
+    out = hidden.new_empty(num_rows, num_padded)
     mean, rstd = (torch.empty(num_rows, dtype=torch.float32) for _ in range(2))
     library.gated_norm(
         _address(hidden),
@@ -48,7 +48,8 @@ def forward(
         _address(mean),
         _address(rstd),
         _integer(num_rows),
-        _integer(num_channels),
+        _integer(len(weight)),
+        _integer(num_padded),
         ctypes.c_double(eps),
     )
     return out, mean, rstd
@@ -76,6 +77,7 @@ def backward(
         _integer(num_threads),
         _integer(len(hidden)),
         _integer(len(weight)),
+        _integer(hidden.shape[1] // 2),
     )
     return d_hidden, d_parameters
 

@@ -2,12 +2,13 @@
  * loops stays in the processor's first cache, and memory is passed over once.
  *
  * kernels/c_gated_norm.py compiles this for the machine it runs on. A row of `hidden` is F gates and
- * F values. Numbers are float32 (4 bytes) or bfloat16 (2 bytes); arithmetic is float32.
+ * F values, each padded with zeros to P. Numbers are float32 (4 bytes) or bfloat16 (2 bytes); arithmetic is float32.
  */
 
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "bfloat16.h"
 
@@ -48,16 +49,16 @@ static inline float sigmoid(float x) {
     return 1.0f / (1.0f + series * power);
 }
 
-/* out (rows, F), mean and rstd (rows) from hidden (rows, 2F), weight and bias (F). */
+/* out (rows, P), mean and rstd (rows) from hidden (rows, 2P), weight and bias (F). */
 void gated_norm(const char *hidden, int64_t hidden_bytes, const float *weight, const float *bias,
                 char *out, int64_t out_bytes, float *mean, float *rstd, int64_t rows, int64_t F,
-                double eps) {
+                int64_t P, double eps) {
 #pragma omp parallel for if (rows * F > 32768)
     for (int64_t i = 0; i < rows; ++i) {
         float gates[F], values[F], product[F];
-        const char *row = hidden + i * 2 * F * hidden_bytes;
+        const char *row = hidden + i * 2 * P * hidden_bytes;
         const float *gate = widen(row, hidden_bytes, gates, F);
-        const float *value = widen(row + F * hidden_bytes, hidden_bytes, values, F);
+        const float *value = widen(row + P * hidden_bytes, hidden_bytes, values, F);
         float sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
         for (int64_t j = 0; j < F; ++j) {
@@ -69,31 +70,33 @@ void gated_norm(const char *hidden, int64_t hidden_bytes, const float *weight, c
         for (int64_t j = 0; j < F; ++j)
             squares += (product[j] - centre) * (product[j] - centre);
         const float scale = 1.0f / sqrtf(squares / F + (float)eps);
-        float *normed = out_bytes == 4 ? (float *)(out + i * F * 4) : product;
+        char *target = out + i * P * out_bytes;
+        float *normed = out_bytes == 4 ? (float *)target : product;
 #pragma omp simd
         for (int64_t j = 0; j < F; ++j)
             normed[j] = (product[j] - centre) * scale * weight[j] + bias[j];
         if (out_bytes == 2)
-            narrow(product, out + i * F * 2, F);
+            narrow(product, target, F);
+        memset(target + F * out_bytes, 0, (P - F) * out_bytes);
         mean[i] = centre;
         rstd[i] = scale;
     }
 }
 
-/* d_hidden (rows, 2F), and what each thread has of the gradients of weight and bias, zeroed on
+/* d_hidden (rows, 2P), and what each thread has of the gradients of weight and bias, zeroed on
  * entry: d_parameters (threads, 2, F). How many threads there are fixes which rows each has. */
 void gated_norm_backward(const char *grad, int64_t grad_bytes, const char *hidden,
                          int64_t hidden_bytes, const float *weight, const float *mean,
                          const float *rstd, char *d_hidden, float *d_parameters, int64_t threads,
-                         int64_t rows, int64_t F) {
+                         int64_t rows, int64_t F, int64_t P) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * F > 32768)
     for (int64_t i = 0; i < rows; ++i) {
         float gates[F], values[F], grads[F], normed[F], open[F];
         float *d_weight = d_parameters + omp_get_thread_num() * 2 * F, *d_bias = d_weight + F;
-        const char *row = hidden + i * 2 * F * hidden_bytes;
+        const char *row = hidden + i * 2 * P * hidden_bytes;
         const float *gate = widen(row, hidden_bytes, gates, F);
-        const float *value = widen(row + F * hidden_bytes, hidden_bytes, values, F);
-        const float *d_out = widen(grad + i * F * grad_bytes, grad_bytes, grads, F);
+        const float *value = widen(row + P * hidden_bytes, hidden_bytes, values, F);
+        const float *d_out = widen(grad + i * P * grad_bytes, grad_bytes, grads, F);
         const float centre = mean[i], scale = rstd[i];
         float sum = 0, along = 0;
 #pragma omp simd reduction(+ : sum, along)
@@ -107,9 +110,9 @@ void gated_norm_backward(const char *grad, int64_t grad_bytes, const char *hidde
         }
         sum /= F;
         along /= F;
-        char *target = d_hidden + i * 2 * F * hidden_bytes;
+        char *target = d_hidden + i * 2 * P * hidden_bytes;
         float *d_gate = hidden_bytes == 4 ? (float *)target : normed;
-        float *d_value = hidden_bytes == 4 ? (float *)target + F : open;
+        float *d_value = hidden_bytes == 4 ? (float *)target + P : open;
 #pragma omp simd
         for (int64_t j = 0; j < F; ++j) {
             float d_product = (d_out[j] * weight[j] - sum - normed[j] * along) * scale;
@@ -119,7 +122,9 @@ void gated_norm_backward(const char *grad, int64_t grad_bytes, const char *hidde
         }
         if (hidden_bytes == 2) {
             narrow(normed, target, F);
-            narrow(open, target + F * 2, F);
+            narrow(open, target + P * 2, F);
         }
+        memset(target + F * hidden_bytes, 0, (P - F) * hidden_bytes);
+        memset(target + (P + F) * hidden_bytes, 0, (P - F) * hidden_bytes);
     }
 }

@@ -6,7 +6,10 @@ multiplication away, so the backward forms them again. As one pass over memory i
 on GPUs two Triton kernels, on CPUs C, elsewhere the separate operations, which round the product
 to the input's type before its norm.
 
-Shape legend: F hidden channels, M tokens.
+Where F is no multiple of 8, the hidden channels come padded with zeros to P, which is: rows that
+do not begin at multiples of 16 bytes are read in narrow pieces, by matrix products above all.
+
+Shape legend: F hidden channels, P >= F of them with padding, M tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ def _kernels(hidden: Tensor, weight: Tensor, fused: bool) -> ModuleType | None:
 
     Both modules have the same two functions, on a contiguous `hidden` and `grad`:
     `forward(hidden, weight, bias, eps)` as `_forward` below, and
-    `backward(grad, hidden, weight, mean, rstd)`, which returns the gradient of hidden (M, 2F) and
+    `backward(grad, hidden, weight, mean, rstd)`, which returns the gradient of hidden (M, 2P) and
     parts of the gradients of weight and bias, (K, 2, F) float32, to be summed over K.
     """
     if fused:
@@ -46,15 +49,21 @@ def _kernels(hidden: Tensor, weight: Tensor, fused: bool) -> ModuleType | None:
 def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor, eps: float, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(M, 2F) -> (M, F) of the weight's dtype, and the mean and 1/std of each row, (M,)."""
+    """(M, 2P) -> (M, P) of the same dtype, and the mean and 1/std of each row, (M,)."""
     if (kernels := _kernels(hidden, weight, fused)) is not None:
         return kernels.forward(hidden, weight, bias, eps)
-    gate, value = hidden.chunk(2, dim=-1)
+    gate, value = _branches(hidden, weight)
     precision = _precision(weight)
     product = F.silu(gate).mul_(value).to(precision)
     affine = (weight.to(precision), bias.to(precision))
     out, mean, rstd = torch.native_layer_norm(product, weight.shape, *affine, eps)
-    return out.to(weight.dtype), mean.flatten(), rstd.flatten()
+    out = F.pad(out.to(hidden.dtype), (0, hidden.shape[1] // 2 - len(weight)))
+    return out, mean.flatten(), rstd.flatten()
+
+
+def _branches(hidden: Tensor, weight: Tensor) -> list[Tensor]:
+    """Gate and value, (M, F) each, without the padding."""
+    return [part[:, : len(weight)] for part in hidden.chunk(2, dim=-1)]
 
 
 @torch.library.register_fake("eva02_at::gated_norm")
@@ -63,7 +72,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = hidden.shape[0]
     mean, rstd = (weight.new_empty(rows, dtype=_precision(weight)) for _ in range(2))
-    return weight.new_empty(rows, weight.shape[0]), mean, rstd
+    return hidden.new_empty(rows, hidden.shape[1] // 2), mean, rstd
 
 
 def _precision(weight: Tensor) -> torch.dtype:
@@ -84,25 +93,31 @@ def _backward(
     rstd: Tensor,
     fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of hidden (M, 2F), weight (F,) and bias (F,)."""
+    """The gradients of hidden (M, 2P), weight (F,) and bias (F,)."""
     grad = grad.contiguous()
     if (kernels := _kernels(hidden, weight, fused)) is not None:
         d_hidden, d_parameters = kernels.backward(grad, hidden, weight, mean, rstd)
         d_weight, d_bias = (part.sum(0).to(weight.dtype) for part in d_parameters.unbind(1))
         return d_hidden, d_weight, d_bias
-    gate, value = hidden.chunk(2, dim=-1)
+    gate, value = _branches(hidden, weight)
     activated = F.silu(gate)
     precision = _precision(weight)
     product = (activated * value).to(precision)
     statistics = (mean.unsqueeze(-1), rstd.unsqueeze(-1))
     affine = (weight.to(precision), bias.to(precision))
+    own_grad = grad[:, : len(weight)].to(precision)
     d_product, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
-        grad.to(precision), product, weight.shape, *statistics, *affine, [True, True, True]
+        own_grad,
+        product,
+        weight.shape,
+        *statistics,
+        *affine,
+        [True, True, True],
     )
     del product
     d_product = d_product.to(hidden.dtype)
-    d_hidden = torch.empty_like(hidden)
-    d_gate, d_value = d_hidden.chunk(2, dim=-1)
+    d_hidden = torch.zeros_like(hidden)
+    d_gate, d_value = _branches(d_hidden, weight)
     torch.mul(d_product, activated, out=d_value)
     torch.ops.aten.silu_backward.grad_input(d_product.mul_(value), gate, grad_input=d_gate)
     return d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
@@ -136,11 +151,11 @@ def gated_norm(
 ) -> Tensor:
     """LN(SiLU(gate) * value).
 
-    The norm runs in its parameters' precision, float32 under autocast, as PyTorch's own does on
-    CUDA.
+    The norm is formed in float32, whatever the types, and leaves in the hidden channels' type,
+    which the linear map behind it takes as it is.
 
     Args:
-        hidden: (..., 2F), gate and value side by side.
+        hidden: (..., 2P), gate and value side by side, each F channels and, where P > F, zeros.
         weight: (F,) of the LayerNorm.
         bias: (F,) of the LayerNorm.
         eps: Of the LayerNorm.
@@ -149,7 +164,7 @@ def gated_norm(
             They compute in float32, so float64 never goes there.
 
     Returns:
-        (..., F) of the weight's dtype.
+        (..., P) of the dtype of `hidden`, zero beyond F.
     """
     fused = backend == "triton" or (
         backend in ("auto", "xformers") and hidden.is_cuda and fused_status("cuda")[0]

@@ -1,5 +1,10 @@
 """The transformer block that both towers share, in EVA-02's and in CLIP's form.
 
+Under autocast everything from the patches on has autocast's type, the residual stream too:
+PyTorch's own rule would bring every norm's output to float32, which the linear map behind it casts
+back, and keep the stream in float32. Sums within norms, attention and products are in float32 all
+the same.
+
 Shape legend: B clips, S tokens, D width, H heads, F hidden channels of the MLP.
 """
 
@@ -15,6 +20,16 @@ from torch.utils.checkpoint import checkpoint
 from kernels.attention import st_rope_attention_packed, st_rope_attention_pooled
 from kernels.gated_norm import gated_norm
 from kernels.st_rope import StRopeTables
+
+ALIGNMENT = 8  # channels: 16 bytes of 16-bit numbers, what fast loads and tensor cores ask of a row
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type to compute in: autocast's where it is on (never for float64), else that of `x`."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,18 @@ class BlockConfig:
     inner_norm: bool = False
     causal: bool = False
     attention_backend: str = "auto"
+
+
+class Norm(nn.LayerNorm):
+    """LayerNorm that leaves in its input's type, under autocast too; its sums are in float32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., D) -> (..., D) of the same dtype."""
+        if self.weight.dtype == input.dtype:
+            return super().forward(input)
+        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+        with torch.autocast(input.device.type, enabled=False):
+            return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
 class PackedProjection(nn.Module):
@@ -94,9 +121,7 @@ class Attention(nn.Module):
         self.causal = config.causal
         self.backend = config.attention_backend
         self.qkv = PackedProjection(config.width, key_bias=config.key_bias)
-        self.norm = (
-            nn.LayerNorm(config.width, eps=config.norm_eps) if config.inner_norm else nn.Identity()
-        )
+        self.norm = Norm(config.width, eps=config.norm_eps) if config.inner_norm else nn.Identity()
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(
@@ -116,8 +141,40 @@ class Attention(nn.Module):
         return self.proj(self.norm(out.flatten(2)))
 
 
+class PaddedBranches(nn.Linear):
+    """SwiGLU's two branches in one product: (B, S, D) -> (B, S, 2P), each F channels and zeros.
+
+    The L model has F = 2,730: rows of 5,460 bytes in bf16, which do not begin at multiples of 16
+    bytes, so that matrix kernels of GPUs fall back to slow forms. P = 2,736 is the next that does.
+    The parameters keep F, and so do checkpoints: padding them is a pass over the weights, some
+    thousandth of the product.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Product and padding."""
+        padding = -(self.out_features // 2) % ALIGNMENT
+        if not padding:
+            return super().forward(input)
+        weight, bias = (
+            F.pad(p.to(input.dtype).unflatten(0, (2, -1)), (0, 0) * (p.dim() - 1) + (0, padding))
+            for p in (self.weight, self.bias)
+        )
+        return F.linear(input, weight.flatten(0, 1), bias.flatten())
+
+
+class PaddedInput(nn.Linear):
+    """The linear map behind `PaddedBranches`: (B, S, P) -> (B, S, D)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The padding's channels meet zeros."""
+        padding = input.shape[-1] - self.in_features
+        if not padding:
+            return super().forward(input)
+        return F.linear(input, F.pad(self.weight.to(input.dtype), (0, padding)), self.bias)
+
+
 class GatedNorm(nn.LayerNorm):
-    """SwiGLU's gate and inner norm: (B, S, 2F) -> LN(SiLU(gate) * value), (B, S, F)."""
+    """SwiGLU's gate and inner norm: (B, S, 2P) -> LN(SiLU(gate) * value), (B, S, P)."""
 
     def __init__(self, channels: int, *, eps: float, backend: str) -> None:
         super().__init__(channels, eps=eps)
@@ -133,11 +190,11 @@ class SwiGlu(nn.Module):
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
-        self.w12 = nn.Linear(config.width, 2 * config.mlp_hidden)
+        self.w12 = PaddedBranches(config.width, 2 * config.mlp_hidden)
         self.norm = GatedNorm(
             config.mlp_hidden, eps=config.norm_eps, backend=config.attention_backend
         )
-        self.fc2 = nn.Linear(config.mlp_hidden, config.width)
+        self.fc2 = PaddedInput(config.mlp_hidden, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
@@ -180,9 +237,9 @@ class Block(nn.Module):
 
     def __init__(self, config: BlockConfig, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.norm1 = Norm(config.width, eps=config.norm_eps)
         self.attn = Attention(config)
-        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.norm2 = Norm(config.width, eps=config.norm_eps)
         self.mlp = SwiGlu(config) if config.mlp == "swiglu" else Mlp(config)
         self.drop_path = DropPath(drop_path)
 

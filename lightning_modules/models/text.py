@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.models.config import TextConfig
-from lightning_modules.models.layers import BlockConfig, BlockStack, init_layers
+from lightning_modules.models.layers import (
+    BlockConfig,
+    BlockStack,
+    Norm,
+    compute_dtype,
+    init_layers,
+)
 
 
 class TextEncoder(nn.Module):
@@ -37,7 +43,7 @@ class TextEncoder(nn.Module):
             attention_backend=attention_backend,
         )
         self.blocks = BlockStack(block, config.depth, checkpointing=activation_checkpointing)
-        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.norm = Norm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, embed_dim, bias=False)
         self.init_weights()
 
@@ -68,4 +74,4 @@ class TextEncoder(nn.Module):
             )
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         end_of_text = tokens.argmax(dim=-1)
-        return self.head(self.norm(self.blocks(x, None, end_of_text)))
+        return self.head(self.norm(self.blocks(x.to(compute_dtype(x)), None, end_of_text)))

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from kernels.st_rope import StRopeTables, st_rope_tables
 from lightning_modules.models.config import CLIP_MEAN, CLIP_STD, VisionConfig
 from lightning_modules.models.interpolate import interpolate_temporal
-from lightning_modules.models.layers import BlockConfig, BlockStack, init_layers
+from lightning_modules.models.layers import (
+    ALIGNMENT,
+    BlockConfig,
+    BlockStack,
+    Norm,
+    compute_dtype,
+    init_layers,
+)
 
 
 class PatchEmbed(nn.Module):
@@ -46,25 +53,34 @@ class PatchEmbed(nn.Module):
         pixels = video.unflatten(4, (-1, p)).unflatten(3, (-1, p))
         patches = pixels.permute(0, 2, 3, 5, 1, 4, 6)  # (B, T, rows, columns, 3, p, p)
         patches = patches.flatten(4).flatten(2, 3)  # uint8 is permuted before it grows to float
-        weight, bias = self._folded() if video.dtype == torch.uint8 else (self.weight, self.bias)
-        return F.linear(patches.to(self.weight.dtype), weight.flatten(1), bias)
+        dtype = compute_dtype(self.weight)
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if video.dtype == torch.uint8:
+            weight, bias = self._folded(dtype)
+        weight = weight.flatten(1).to(dtype)
+        if padding := -weight.shape[1] % ALIGNMENT:  # 588 numbers of a 14 x 14 patch; see layers.py
+            patches, weight = F.pad(patches, (0, padding)), F.pad(weight, (0, padding))
+        return F.linear(patches.to(dtype), weight, bias)
 
-    def _folded(self) -> tuple[Tensor, Tensor]:
-        """W' and b', formed in float32 at least.
+    def _folded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """W' of the given type, and b', formed in float32 at least.
 
-        b' is formed from the rounded W', so that the mean pixel cancels exactly in bf16 too.
+        b' is formed from the rounded W', so that the mean pixel cancels exactly in bf16 too. Mean
+        and standard deviation are numbers of the host: as tensors they would be copied to the
+        device in every step, which waits for it, and as buffers `bfloat16()` would round them.
         """
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        mean, std = (
-            torch.tensor(values, dtype=dtype, device=self.weight.device)
-            for values in (CLIP_MEAN, CLIP_STD)
-        )
+        precision = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(self.weight.device.type, enabled=False):
-            weight = (self.weight.to(dtype) / (255.0 * std[:, None, None])).to(self.weight.dtype)
-            bias = -(weight.to(dtype).sum((2, 3)) @ (255.0 * mean))
+            colours = self.weight.to(precision).unbind(1)
+            scaled = [c / (255.0 * std) for c, std in zip(colours, CLIP_STD, strict=True)]
+            weight = torch.stack(scaled, dim=1).to(dtype)
+            red, green, blue = weight.to(precision).sum((2, 3)).unbind(1)
+            mean = [255.0 * m for m in CLIP_MEAN]
+            bias = -(red * mean[0] + green * mean[1] + blue * mean[2])
         if self.bias is not None:
             bias = bias + self.bias
-        return weight, bias.to(self.weight.dtype)
+        return weight, bias.to(dtype)
 
 
 class VideoEncoder(nn.Module):
@@ -85,7 +101,7 @@ class VideoEncoder(nn.Module):
         super().__init__()
         self.config = config
         eva = config.architecture == "eva02"
-        norm = partial(nn.LayerNorm, config.width, eps=config.norm_eps)
+        norm = partial(Norm, config.width, eps=config.norm_eps)
         self.patch_embed = PatchEmbed(config.patch_size, config.width, bias=eva)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.num_patches, config.width))
@@ -136,12 +152,14 @@ class VideoEncoder(nn.Module):
             ValueError: if the video's shape does not fit the config.
         """
         self._check_video(video)
-        x = self.patch_embed(video) + self.pos_embed[:, None, 1:]  # (B, T, N, D)
+        x = self.patch_embed(video)  # (B, T, N, D)
+        positions = self.pos_embed[:, None, 1:]
         if self.temporal_embed is not None:
-            x = x + interpolate_temporal(self.temporal_embed, x.shape[1])[:, None]
+            positions = positions + interpolate_temporal(self.temporal_embed, x.shape[1])[:, None]
+        x = x + positions.to(x.dtype)
         tables = self._rotation_tables(x)
         x, tables = self._drop_patches(x, tables)
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        cls = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype).expand(x.shape[0], -1, -1)
         x = self.norm_pre(torch.cat((cls, x.flatten(1, 2)), dim=1))
         cls_index = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         return self.head(self.norm(self.blocks(x, tables, cls_index)))

@@ -128,17 +128,46 @@ def test_the_same_bits_every_time(backend: str, threads: int) -> None:
         torch.testing.assert_close(again, gradients[0], rtol=0, atol=0)
 
 
-def test_autocast_normalises_in_float32(backend: str) -> None:
-    _, weight, bias = inputs(torch.float32)
-    linear = torch.nn.Linear(4, 14, device=DEVICE)
-    x = torch.randn(2, 3, 4, device=DEVICE)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        got = gated_norm(linear(x), weight, bias, 1e-6, backend=backend)
-        expected = separate(linear(x), weight, bias)
-    assert got.dtype == torch.float32  # CUDA's autocast does so too; the CPU's keeps bf16
-    torch.testing.assert_close(got, expected.float(), rtol=2**-6, atol=2**-6)
-    got.sum().backward()
-    assert linear.weight.grad is not None
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_normalises_in_float32_and_emits_its_own_type(
+    backend: str, dtype: torch.dtype
+) -> None:
+    """Hidden channels of 16 bits and parameters in float32: one rounding, of the result."""
+    hidden, weight, bias = inputs(torch.float32)
+    leaves = (hidden.detach().to(dtype).requires_grad_(), weight, bias)
+    exact = tuple(leaf.detach().double().requires_grad_() for leaf in leaves)
+    out, expected = gated_norm(*leaves, 1e-6, backend=backend), separate(*exact)
+    assert out.dtype == dtype
+    assert_near(out, expected)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    out.backward(weights)
+    expected.backward(weights.double())
+    assert [leaf.grad.dtype for leaf in leaves] == [dtype, torch.float32, torch.float32]
+    for leaf, other in zip(leaves, exact, strict=True):
+        scale = other.grad.abs().max().item()
+        tolerance = TOLERANCE[dtype]  # SiLU and the product are rounded where there is no kernel
+        torch.testing.assert_close(
+            leaf.grad.double(), other.grad, rtol=tolerance, atol=tolerance * scale
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "channels", "padded"), [((2, 5), 7, 8), ((70,), 683, 688)])
+def test_padded_channels_change_nothing(
+    backend: str, dtype: torch.dtype, shape: tuple[int, ...], channels: int, padded: int
+) -> None:
+    hidden, weight, bias = inputs(dtype, shape, channels)
+    grad = torch.randn((*shape, channels), generator=torch.Generator().manual_seed(1)).to(weight)
+    results = []
+    for padding in (0, padded - channels):
+        leaves = [leaf.detach().clone().requires_grad_() for leaf in (hidden, weight, bias)]
+        branches = F.pad(leaves[0].unflatten(-1, (2, -1)), (0, padding))
+        out = gated_norm(branches.flatten(-2), *leaves[1:], 1e-6, backend=backend)
+        assert not out[..., channels:].any()
+        out.backward(F.pad(grad, (0, padding), value=3.0))  # what a padding's gradient is does not
+        results.append((out[..., :channels], *(leaf.grad for leaf in leaves)))  # matter
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]  # sums in another order
+    torch.testing.assert_close(*results, rtol=tolerance, atol=10 * tolerance)
 
 
 def test_any_strides(backend: str) -> None:

@@ -36,14 +36,18 @@ def test_fused_rotation(dtype: torch.dtype) -> None:
     expected = torch.stack([rotate_reference(x, tables) for x in qkv.unbind(2)[:2]], dim=2)
     v = qkv[:, :, 2].clone()
     rotate_packed_(qkv, *tables.factors(dtype), True)
-    # one rounding of the result
-    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    # Kernel and reference round float32 sums that differ by a fused multiply-add: where the sum is
+    # next to the middle of two numbers of the type, they fall to either side, one unit apart. In a
+    # simulation 1.2e-4 of float16's differ and 1.8e-5 of bfloat16's, none by more than one unit.
+    tolerance = max(torch.finfo(dtype).eps, 1e-6)
     torch.testing.assert_close(qkv[:, :, :2], expected, rtol=tolerance, atol=tolerance)
+    if dtype != torch.float32:
+        assert (qkv[:, :, :2] != expected).float().mean() < 1e-3
     assert torch.equal(qkv[:, :, 2], v)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("channels", [2048, 2730])
+@pytest.mark.parametrize("channels", [2048, 2730, 2736])
 def test_gated_norm(channels: int, weight_dtype: torch.dtype) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     rounded = [

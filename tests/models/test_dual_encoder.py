@@ -440,3 +440,67 @@ def test_wrong_inputs_are_one_clear_error() -> None:
         model.encode_text(torch.zeros(2, 9, dtype=torch.int64))
     with pytest.raises(ValueError, match="cannot run on cpu"):
         build_dual_encoder(SMALL, attention_backend="xformers").encode_video(clips())
+
+
+def test_padding_to_16_bytes_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """14 x 14 patches have 588 numbers, the L model's MLP 2,730 channels: no multiples of 8."""
+    vision = VisionConfig(28, 14, width=16, depth=2, num_heads=2, mlp_hidden=43, num_frames=2)
+    model = randomise(VideoEncoder(vision, 8)).double()
+    video = clips(frames=2, size=28).double()
+    shapes: list[tuple[int, ...]] = []
+    for part in (model.patch_embed, model.blocks[0].mlp.norm):
+        part.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
+    results = []
+    linear = F.linear
+    for alignment in (8, 1):
+        monkeypatch.setattr("lightning_modules.models.layers.ALIGNMENT", alignment)
+        monkeypatch.setattr("lightning_modules.models.vision.ALIGNMENT", alignment)
+        widths: set[int] = set()
+
+        def watched(x, weight, bias=None, widths=widths):
+            widths.update(weight.shape)
+            return linear(x, weight, bias)
+
+        monkeypatch.setattr("torch.nn.functional.linear", watched)
+        model.zero_grad()
+        out = model(video)
+        out.square().sum().backward()
+        results.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
+        padded = {588: 592, 43: 48, 86: 96} if alignment == 8 else {588: 588, 43: 43, 86: 86}
+        assert widths >= set(padded.values()), widths
+        assert alignment == 1 or not widths & set(padded), widths
+    # float64: the same sums, with zeros between them
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    assert own["blocks.0.mlp.w12.weight"] == (86, 16) and own["blocks.0.mlp.fc2.weight"] == (16, 43)
+    assert own["patch_embed.weight"] == (16, 3, 14, 14)
+
+
+@pytest.mark.parametrize("architecture", ["eva02", "clip"])
+def test_autocast_reaches_the_residual_stream(architecture: str) -> None:
+    """Every module of a tower hands on bf16, where PyTorch's norms would return to float32."""
+    temporal = "both" if architecture == "eva02" else "learnable"
+    vision = VisionConfig(
+        16, 8, 16, 2, 2, mlp_hidden=43, architecture=architecture, num_frames=3, temporal=temporal
+    )
+    config = DualEncoderConfig(vision, TextConfig(8, 50, 16, 2, 2), 8)
+    model = randomise(DualEncoder(config))
+    types: dict[str, torch.dtype] = {}
+    for name, part in model.named_modules():
+        part.register_forward_hook(
+            lambda module, args, out, name=name: (
+                types.__setitem__(name, out.dtype) if isinstance(out, torch.Tensor) else None
+            )
+        )
+    video = torch.randint(0, 256, (2, 3, 3, 16, 16), dtype=torch.uint8)
+    tokens = torch.tensor([[3, 4, 49, 0], [5, 49, 0, 0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(video, tokens)
+    assert {n: t for n, t in types.items() if t != torch.bfloat16} == {
+        "text.token_embedding": torch.float32  # a table look-up; cast once, with the positions
+    }
+    exact = model(video, tokens)
+    for one, other in zip(low[:2], exact[:2], strict=True):
+        assert one.dtype == torch.float32
+        # two blocks in 8 bits; embeddings have length 1
+        torch.testing.assert_close(one, other, rtol=0, atol=3e-2)

@@ -42,7 +42,7 @@ def small(architecture="eva02", **changes):
         width=48,
         depth=3,
         num_heads=4,
-        mlp_hidden=100,
+        mlp_hidden=104,  # no padding, which is not counted
         num_frames=3,
         architecture=architecture,
         temporal="both" if architecture == "eva02" else "learnable",
