@@ -134,8 +134,10 @@ def _is_ours_to_say(error: BaseException, told: str) -> bool:
     """
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
+        from lightning_modules.training.run.private import default_store
+
         try:
-            store = dist.distributed_c10d._get_default_store()
+            store = default_store()
             mine = str(dist.get_rank())
             return store.compare_set(f"eva02_at/said/{told}", "", mine).decode() == mine
         except RuntimeError:  # rank 0, which keeps the store, has left

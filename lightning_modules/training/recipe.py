@@ -29,6 +29,7 @@ from lightning_modules.training.monitor.health import FiniteGuard
 from lightning_modules.training.monitor.progress import RunProgress
 from lightning_modules.training.monitor.throughput import ThroughputMonitor
 from lightning_modules.training.run.checkpointing import SafeCheckpoints
+from lightning_modules.training.run.ownership import RunOwner
 from lightning_modules.training.run.private import option_names
 from lightning_modules.training.run.seeding import StepSeed
 from lightning_modules.training.run.watchdog import StallWatchdog
@@ -79,6 +80,7 @@ class RecipeParser(lightning_cli.LightningArgumentParser):
 
 # Sections of a recipe beside `model`, `data` and `trainer`; each is a callback of every run.
 RUN_CALLBACKS = {
+    "owner": RunOwner,
     "checkpoints": SafeCheckpoints,
     "finite": FiniteGuard,
     "watchdog": StallWatchdog,

@@ -17,6 +17,7 @@ from datamodules.stream.faults import TooManyDamagedSamples
 from lightning_modules.training.monitor.health import NotFiniteError
 from lightning_modules.training.recipe import RecipeCLI
 from lightning_modules.training.run.checkpoint_store import CheckpointFolder
+from lightning_modules.training.run.ownership import RunOwner
 from lightning_modules.training.run.signals import EXIT_REQUEUE, RunStopped
 
 
@@ -76,7 +77,11 @@ def run_verb(verb: str, cli: RecipeCLI) -> int:
     Returns:
         The exit code.
     """
-    _save_config(cli)
+    if verb == "fit":  # once the folder is ours
+        (owner,) = (c for c in cli.trainer.callbacks if isinstance(c, RunOwner))  # type: ignore[attr-defined]
+        owner.once_taken = lambda: _save_config(cli)
+    else:
+        _save_config(cli)
     run_dir = Path(cli.config.run_dir)
     ckpt_path = cli.config.ckpt_path
     if verb == "fit" and ckpt_path is None:

@@ -1,6 +1,7 @@
 """What the tests of this room share: a zygote that starts ranks, and a SLURM cluster."""
 
 import os
+import subprocess
 
 import pytest
 import tiny_run
@@ -54,3 +55,15 @@ def untouched(zygote, tmp_path_factory):
 def recipe(tmp_path_factory):
     """A recipe file; its 32 clips are in 4 shards."""
     return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB, which a few checkpoints fill."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small tmpfs needs root and the right to mount")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

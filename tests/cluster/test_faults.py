@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -103,18 +102,6 @@ def test_another_strategys_checkpoint_is_refused_with_the_way_out(zygote, tmp_pa
     assert done.codes == [1]
     assert "written by plain" in done.text()
     assert "init_checkpoint" in done.text()
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 256 KiB, which a few checkpoints fill."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting a small tmpfs needs root and the right to mount")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.parametrize(("strategy", "world"), [("ddp", 1), ("zero2", 2)])

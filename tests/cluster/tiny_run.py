@@ -27,6 +27,7 @@ from lightning_modules.training.monitor.health import FiniteGuard
 from lightning_modules.training.optim.ema import WeightAverage
 from lightning_modules.training.optim.optimizers import OptimizerConfig, configure_optimizers
 from lightning_modules.training.run.checkpointing import SafeCheckpoints
+from lightning_modules.training.run.ownership import RunOwner
 from lightning_modules.training.run.seeding import StepSeed
 from lightning_modules.training.run.signals import EXIT_REQUEUE, RunStopped
 from lightning_modules.training.run.strategies import ZeroStrategy
@@ -223,6 +224,7 @@ def main(
     csv: bool = False,
     clip: float = 0.3,
     trainer_options: dict | None = None,
+    owner: dict | None = None,
 ) -> int:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -233,7 +235,7 @@ def main(
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     safe = SafeCheckpoints(**{"every_n_steps": 1, "keep_last": 3, **(checkpoints or {})})
-    callbacks = [StepSeed(seed=5), safe, Trouble(**(trouble or {}))]
+    callbacks = [RunOwner(**(owner or {})), StepSeed(seed=5), safe, Trouble(**(trouble or {}))]
     callbacks += [WeightAverage(decay=0.5)] if ema else []
     callbacks += [FiniteGuard(**(guard or {}))]
     callbacks += [StallWatchdog(stall_s)] if stall_s else []

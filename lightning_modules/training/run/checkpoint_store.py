@@ -5,7 +5,8 @@
       step-00000400/
         manifest.json           files, sizes, SHA-256, step, world size ...: written last
         state ...               what the strategy wrote: one file, or a DeepSpeed directory
-      .tmp-step-00000500/       being written, or left over from a process that died
+      .tmp-1-step-00000500/     being written, or left over from a process that died
+      .replaced-step-00000400/  one of the same step, until the new one is in its place
 
 DeepSpeed notices neither a flipped bit nor files of two steps side by side, so completeness is
 judged here and before anything is loaded.
@@ -18,7 +19,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,17 +107,30 @@ def check_contents(folder: Path, records: Iterable[FileRecord]) -> None:
 
 
 class CheckpointFolder:
-    """The checkpoints of one run; every method that writes is for one process at a time."""
+    """The checkpoints of one run; every method that writes is for one process at a time.
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+    A process that was declared dead may wake and write on. Its `check` comes last before the
+    rename that makes a checkpoint count, and `clean`, with which its successor begins, takes away
+    what it would rename: whichever comes first, the successor sees the checkpoint or it never is.
+
+    Args:
+        root: The folder.
+        owner: Number of the run's owner: no two write under the same temporary name.
+        check: Raises OSError where the run has been taken over.
+    """
+
+    def __init__(
+        self, root: str | Path, owner: int = 0, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self.root, self.owner, self.check = Path(root), owner, check
 
     def temporary(self, name: str) -> Path:
         """Where the checkpoint `name` is written before it counts."""
-        return self.root / f"{_TEMPORARY}{name}"
+        return self.root / f"{_TEMPORARY}{self.owner}-{name}"
 
     def begin(self, name: str) -> Path:
         """Make the empty folder in which the checkpoint `name` is to be written."""
+        self.check()
         self.discard(name)
         folder = self.temporary(name)
         folder.mkdir(parents=True)
@@ -129,15 +143,21 @@ class CheckpointFolder:
     def commit(self, name: str, manifest: Manifest) -> Path:
         """Make the written checkpoint count: manifest, rename, then the `latest` pointer."""
         folder, final = self.temporary(name), self.root / name
-        pointer = self.root / f".{LATEST}"
+        pointer = self.root / f".{LATEST}-{self.owner}"
         # everything that needs disk space comes before the first rename
         _write_durably(pointer, name + "\n")
         manifest.write(folder)
+        self.check()
         replaced = self.root / f"{_REPLACED}{name}"
         if final.exists():  # of the same step: before its validation, or damaged
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
-        folder.rename(final)
+        try:
+            folder.rename(final)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(final)
+            raise
         _sync_folder(self.root)
         pointer.replace(self.root / LATEST)
         _sync_folder(self.root)
@@ -162,15 +182,18 @@ class CheckpointFolder:
 
     def clean(self) -> None:
         """Remove what processes that died left half written or half removed."""
-        for prefix in (_TEMPORARY, _TRASH):
-            for path in self.root.glob(f"{prefix}*"):
-                shutil.rmtree(path, ignore_errors=True)
         for path in self.root.glob(f"{_REPLACED}*"):
-            name = path.name.removeprefix(_REPLACED)
-            if (self.root / name).exists():
-                shutil.rmtree(path, ignore_errors=True)
+            final = self.root / path.name.removeprefix(_REPLACED)
+            if final.exists():
+                self._remove(path)
             else:
-                path.rename(self.root / name)
+                path.rename(final)
+        for pointer in self.root.glob(f".{LATEST}*"):
+            pointer.unlink(missing_ok=True)
+        for path in self.root.glob(f"{_TEMPORARY}*"):
+            self._remove(path)  # at one blow: what is half removed could still be renamed
+        for path in self.root.glob(f"{_TRASH}*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def metrics(self) -> dict[str, dict[str, float]]:
         """Metrics of every checkpoint whose manifest can be read, oldest first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from lightning_modules.training.run.checkpoint_store import (
     checkpoint_name,
 )
 from lightning_modules.training.run.loop_state import Progress, settle_validation
+from lightning_modules.training.run.ownership import RunOwner, RunTakenOver
 from lightning_modules.training.run.private import (
     dump_checkpoint,
     gradients_pending,
@@ -91,6 +93,7 @@ class SafeCheckpoints(Checkpoint):
         self._saving: Saving | None = None  # the one under way
         self.flag = STOP
         self._folder: CheckpointFolder
+        self._owner: RunOwner | None = None
         self._ranks: Ranks
         self._progress: Progress | None = None  # what has been trained, once anything has
         self._saved: Progress | None = None  # that of the newest checkpoint
@@ -105,9 +108,13 @@ class SafeCheckpoints(Checkpoint):
             return
         self._ranks = run_ranks()
         root = self.dirpath or Path(trainer.default_root_dir) / "checkpoints"
-        self._folder = CheckpointFolder(self._ranks.first(str(root)))
-        if self._ranks.rank == 0:
-            self._folder.clean()
+        self._owner = next((c for c in trainer.callbacks if isinstance(c, RunOwner)), None)  # type: ignore[attr-defined]
+        fence = () if self._owner is None else (self._owner.number, self._owner.check)
+        self._folder = CheckpointFolder(self._ranks.first(str(root)), *fence)
+        with self._ranks.together(f"tidying {root}"):
+            if self._ranks.rank == 0:
+                self._folder.clean()
+                _tell_the_job(self._folder.root)
         silence_lightning_signals(trainer)
         self.flag.install()
 
@@ -145,9 +152,12 @@ class SafeCheckpoints(Checkpoint):
         self._leave_no_thread()
 
     def _leave_no_thread(self) -> None:
+        """Nothing is written any more: the folder is free for the next run."""
         if self._saving is not None:
             self._saving.wait()
             self._saving = None
+        if self._owner is not None:
+            self._owner.release()
 
     # -- when -----------------------------------------------------------------------------------
     def on_train_batch_end(
@@ -158,7 +168,7 @@ class SafeCheckpoints(Checkpoint):
             return
         done = Progress.after_batch(trainer)
         self._progress = replace(done, validation_due=validation_due(trainer))
-        stop, late = self._agree()
+        stop, late = self._agree(trainer)
         if stop:
             log_last_step(trainer)
             self._stop(trainer)
@@ -175,7 +185,7 @@ class SafeCheckpoints(Checkpoint):
         dataloader_idx: int = 0,
     ) -> None:
         """Stop within a validation; the resumed run repeats the whole validation."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._agree()[0]:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._agree(trainer)[0]:
             self._stop(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -191,14 +201,19 @@ class SafeCheckpoints(Checkpoint):
         """Save the last step."""
         self._save_and_wait(trainer)
 
-    def _agree(self) -> tuple[bool, bool]:
+    def _agree(self, trainer: Trainer) -> tuple[bool, bool]:
         """Whether to stop and whether a checkpoint is late; a write that is done goes on."""
         minutes = (time.monotonic() - self._saved_at) / 60
         late = self._ranks.rank == 0 and 0 < self.every_minutes <= minutes
         busy = self._saving is not None and self._saving.busy
-        stop, late, busy = map(
-            bool, self._ranks.maximum([int(self.flag.received is not None), int(late), int(busy)])
-        )
+        lost = self._owner is not None and self._owner.lost
+        flags = self.flag.received is not None, late, busy, lost
+        stop, late, busy, lost = map(bool, self._ranks.maximum([int(flag) for flag in flags]))
+        if lost:
+            raise RunTakenOver(
+                f"another process has taken over {trainer.default_root_dir} and goes on from its "
+                "newest checkpoint; this one ends"
+            )
         if self._saving is not None and not busy:
             self._advance()
         return stop, late
@@ -299,3 +314,14 @@ def refuse_poison(module: LightningModule) -> None:
     weights = [local_tensor(p).detach() for p in module.parameters()]
     if not torch.isfinite(torch.stack([norm.float() for norm in norms(weights)])).all():
         raise ValueError("the weights are not finite")
+
+
+def _tell_the_job(root: Path) -> None:
+    """Write down for slurm/requeue.sh where the run's progress can be seen."""
+    folder = os.environ.get("EVA02_AT_JOB")
+    if folder is None:
+        return
+    try:
+        (Path(folder) / "checkpoints").write_text(f"{root.absolute()}\n")
+    except OSError as error:
+        log.warning("faults will be counted without regard to progress: %s", error)
