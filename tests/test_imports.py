@@ -85,6 +85,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "lightning_modules.training",
     ),
     "lightning_modules.bench": OURS,
+    "lightning_modules.doctor": (
+        "kernels",
+        "datamodules",
+        "lightning_modules.bench",
+        "lightning_modules.models",
+        "lightning_modules.planning",
+        "lightning_modules.training.monitor",
+    ),
     "lightning_modules.demo": OURS,
     "lightning_modules.cli": OURS,
     "lightning_modules": (

@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "search": ("lightning_modules.cli.search", "find the moments of one's videos by a text"),
     "recipes": ("lightning_modules.cli.recipes", "list, show or copy the packaged recipes"),
     "submit": ("lightning_modules.cli.submit", "check a recipe's SLURM job, then queue it"),
+    "doctor": ("lightning_modules.cli.doctor", "would a training job run here, and run fast"),
     "plan": ("lightning_modules.cli.plan", "memory, time and cost of a recipe on a cluster"),
     "demo": ("lightning_modules.cli.demo", "the whole mission in small, on videos made here"),
     "bench": ("lightning_modules.cli.bench", "ratios against the obvious alternative"),

@@ -29,8 +29,16 @@ def _parser() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(prog="eva02-at plan", description=__doc__)
     parser.add_argument("--config", action="append", required=True, help="recipe; may be repeated")
     parser.add_argument("--cluster", type=ClusterConfig, default=ClusterConfig())
-    parser.add_argument("--clips", type=int | None, help="clips an epoch; else the manifests' own")
+    parser.add_argument(
+        "--clips",
+        type=int | None,
+        help="clips an epoch; else the manifests', or the data sets' own",
+    )
     parser.add_argument("--epochs", type=int | None, help="instead of the recipe's max_epochs")
+    parser.add_argument(
+        "--doctor",
+        help="what `eva02-at doctor --json` wrote on the cluster: measured instead of assumed",
+    )
     parser.add_argument("--json", type=str | None, help="write the plan to this file as well")
     return parser
 
@@ -46,6 +54,7 @@ def main(argv: list[str]) -> int:
     """
     parser = _parser()
     known = with_recipe_paths([word for word in argv if not _is_recipe_word(word)])
+    known = _with_measurements(known)
     try:
         given = parser.parse_args(known)
     except SystemExit as stop:
@@ -65,3 +74,22 @@ def main(argv: list[str]) -> int:
 
 def _is_recipe_word(word: str) -> bool:
     return word.startswith(("--model.", "--data.", "--data_dir=", "--trainer."))
+
+
+def _with_measurements(words: list[str]) -> list[str]:
+    """Put `--cluster.NAME=VALUE` in the place of `--doctor FILE`: later words override earlier."""
+    out: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word.split("=")[0] != "--doctor":
+            out.append(word)
+            continue
+        file = Path(word.split("=", 1)[1] if "=" in word else next(rest, ""))
+        measured = json.loads(file.read_text()).get("cluster")
+        if not measured:
+            raise ValueError(
+                f"{file} has no measurement of a GPU in it; write it with `eva02-at doctor --json` "
+                "on a node of the cluster"
+            )
+        out += [f"--cluster.{name}={value}" for name, value in measured.items()]
+    return out

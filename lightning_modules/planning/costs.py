@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kernels import st_rope
 from lightning_modules.models import DualEncoder, DualEncoderConfig, VideoClassifier
 from lightning_modules.models.config import resolve_config
-from lightning_modules.training.monitor.flops import pair_flops, video_flops
+from lightning_modules.training.monitor.flops import pair_flops, peak_tflops, video_flops
 from lightning_modules.training.run.private import fake_tensors, storage_identity
 
 GIB = 2**30
@@ -28,36 +28,46 @@ class ClusterConfig:
     """The machines of a run.
 
     Attributes:
-        gpu: Name, for the report.
+        gpu: Name, as the driver gives it.
         gpu_memory_gib: Memory of a GPU.
-        gpu_tflops: Dense bf16 peak of a GPU.
+        gpu_tflops: Dense bf16 peak of a GPU; by default that of the name.
         gpus_per_node: GPUs of a node.
         nodes: Nodes.
         intra_node_gb_s: Bandwidth between the GPUs of a node, GB/s and GPU, one direction.
-        inter_node_gb_s: Bandwidth of a node's network, GB/s, one direction.
-        cores_per_gpu: CPU cores that decode for a GPU.
-        decode_clips_per_s: Clips a core decodes and crops in a second: 16 from 15 s chunks
-            (GOP 30), 36 to 50 from clips trimmed by `shards build`.
+        inter_node_gb_s: Bandwidth of a node's whole network, GB/s, one direction: what crosses
+            between nodes in a ring crosses once, however many GPUs a node has.
+        cores_per_gpu: CPU cores that may decode for a GPU; no more than the recipe has workers do.
+        decode_clips_per_s: Clips a core decodes and crops in a second: 20 from 15 s chunks
+            (GOP 30), 90 from what `shards build --recipe pretrain` stores (docs/performance.md).
         efficiency: Share of the peak that a step's matrix products reach.
         price_per_gpu_hour: For the cost, in any currency.
     """
 
     gpu: str = "H100"
     gpu_memory_gib: float = 80.0
-    gpu_tflops: float = 989.0
+    gpu_tflops: float | None = None
     gpus_per_node: int = 8
     nodes: int = 1
     intra_node_gb_s: float = 400.0
     inter_node_gb_s: float = 50.0
-    cores_per_gpu: int = 8
-    decode_clips_per_s: float = 16.0
+    cores_per_gpu: float = 8
+    decode_clips_per_s: float = 90.0
     efficiency: float = 0.35
     price_per_gpu_hour: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.gpu_tflops is None and peak_tflops(self.gpu) is None:
+            raise ValueError(
+                f"the peak of a {self.gpu!r} is not known; give cluster.gpu_tflops (dense bf16)"
+            )
         for name, value in vars(self).items():
             if isinstance(value, (int, float)) and name != "price_per_gpu_hour" and value <= 0:
                 raise ValueError(f"cluster.{name} is {value}; it must be above 0")
+
+    @property
+    def tflops(self) -> float:
+        """Dense bf16 peak of a GPU."""
+        return self.gpu_tflops or peak_tflops(self.gpu) or 0.0
 
     @property
     def ranks(self) -> int:
@@ -69,7 +79,7 @@ class ClusterConfig:
         """Bandwidth that a rank has for collectives over all ranks."""
         if self.nodes == 1:
             return self.intra_node_gb_s
-        return min(self.intra_node_gb_s, self.inter_node_gb_s / self.gpus_per_node)
+        return min(self.intra_node_gb_s, self.inter_node_gb_s)
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,7 @@ class ModelCosts:
     Attributes:
         parameters: Trainable parameters.
         flops: Forward FLOPs of a pair.
-        activation_bytes: Saved for the backward pass of a pair, in bf16.
+        activation_bytes: Saved for the backward pass of a pair, in the recipe's precision.
         checkpointed_bytes: The same with activation checkpointing: the blocks' inputs.
         block_bytes: Of these, what one block of the video tower saves.
     """
@@ -108,23 +118,34 @@ class Option:
     step_s: float
 
 
-def model_costs(config: DualEncoderConfig, num_classes: int | None = None) -> ModelCosts:
+def model_costs(
+    config: DualEncoderConfig,
+    num_classes: int | None = None,
+    precision: str = "bf16-true",
+) -> ModelCosts:
     """Count a model's parameters, FLOPs and activations on fake tensors.
 
     Args:
         config: The dual encoder's.
         num_classes: Of a recogniser, which is the video tower alone; a pair is then a clip.
+        precision: Lightning's name of it, see `saved_bytes`.
     """
     with torch.device("meta"):
         parameters = sum(p.numel() for p in _build(config, num_classes, False).parameters())
-    saved = {
-        keep: saved_bytes(config, 2, checkpointing=not keep, num_classes=num_classes)
-        - saved_bytes(config, 1, checkpointing=not keep, num_classes=num_classes)
-        for keep in (True, False)
-    }
+    saved = {keep: _bytes_a_pair(config, keep, precision, num_classes) for keep in (True, False)}
     block = (saved[True] - saved[False]) / config.vision.depth
     flops = video_flops(config.vision, num_classes) if num_classes else pair_flops(config)
     return ModelCosts(parameters, flops, saved[True], saved[False], block)
+
+
+def _bytes_a_pair(
+    config: DualEncoderConfig, keep: bool, precision: str, num_classes: int | None
+) -> float:
+    one, two = (
+        saved_bytes(config, n, checkpointing=not keep, precision=precision, num_classes=num_classes)
+        for n in (1, 2)
+    )
+    return two - one
 
 
 def _build(config: DualEncoderConfig, num_classes: int | None, checkpointing: bool) -> nn.Module:
@@ -137,19 +158,31 @@ def saved_bytes(
     num_pairs: int,
     *,
     checkpointing: bool,
-    dtype: torch.dtype = torch.bfloat16,
+    precision: str = "bf16-true",
     num_classes: int | None = None,
 ) -> int:
     """Bytes that autograd keeps between the forward and the backward pass; see `model_costs`.
 
     The real forward pass runs on fake tensors, which have shapes and storages but no memory; each
     storage counts once and parameters do not count.
+
+    Args:
+        config: The model's.
+        num_pairs: Pairs of a batch.
+        checkpointing: Recompute each block.
+        precision: "32-true"; "bf16-true" or "16-true", all weights in that type (DeepSpeed's way in
+            mixed precision too); "bf16-mixed" or "16-mixed", float32 weights under autocast.
+        num_classes: Of a recogniser.
     """
+    low = torch.float16 if precision.startswith("16") else torch.bfloat16
     with torch.device("meta"):
-        model = _build(config, num_classes, checkpointing).to(dtype)
+        model = _build(config, num_classes, checkpointing)
+        if precision in ("bf16-true", "16-true"):
+            model = model.to(low)
     st_rope._cached_tables.cache_clear()  # neither real tables in here nor fake ones afterwards
+    mixed = precision.endswith("mixed")
     try:
-        with fake_tensors():
+        with fake_tensors(), torch.autocast("cpu", low, enabled=mixed):
             _give_fake_storage(model)
             size, frames = config.vision.image_size, config.vision.num_frames
             inputs = [torch.zeros(num_pairs, 3, frames, size, size, dtype=torch.uint8)]
@@ -219,6 +252,7 @@ def plan_option(
     checkpointing: bool,
     batch: int,
     pair_input_bytes: float,
+    workers: int | None = None,
 ) -> Option:
     """Predict memory and time of a step for one way of running.
 
@@ -234,12 +268,10 @@ def plan_option(
         checkpointing: Recompute each block in the backward pass.
         batch: Pairs of a rank.
         pair_input_bytes: Bytes of a pair's input.
+        workers: Loader workers of a rank: no more cores than these decode.
     """
     state = state_bytes(costs.parameters, strategy, cluster.ranks)
-    # one block's activations come to life again, and as many gradients, as it goes backwards
-    per_pair = costs.checkpointed_bytes + 2 * costs.block_bytes
-    if not checkpointing:
-        per_pair = costs.activation_bytes + costs.block_bytes
+    per_pair = _bytes_in_flight(costs, checkpointing)
 
     def total(pairs: int) -> float:
         held = state + per_pair * pairs + pair_input_bytes * batch
@@ -251,10 +283,11 @@ def plan_option(
     largest = int(room / (per_pair * _FRAGMENTATION)) if room > 0 else 0
     micro_batch = None if fits or largest < 1 else largest
     passes = 3 + checkpointing + (micro_batch is not None)
-    compute = batch * costs.flops * passes / (cluster.gpu_tflops * 1e12 * cluster.efficiency)
+    compute = batch * costs.flops * passes / (cluster.tflops * 1e12 * cluster.efficiency)
     sent = communication_bytes(costs.parameters, strategy, cluster.ranks)
     communication = sent / (cluster.gb_s_per_rank * 1e9)
-    data = batch / (cluster.cores_per_gpu * cluster.decode_clips_per_s)
+    cores = min(cluster.cores_per_gpu, workers or cluster.cores_per_gpu)
+    data = batch / (cores * cluster.decode_clips_per_s)
     return Option(
         strategy,
         checkpointing,
@@ -268,3 +301,20 @@ def plan_option(
         data,
         max(compute + max(0.0, communication - compute * 2 / 3), data),
     )
+
+
+def _bytes_in_flight(costs: ModelCosts, checkpointing: bool) -> float:
+    """Of a pair, at the peak of the backward pass."""
+    if checkpointing:
+        # one block's activations come to life again, and as many gradients, as it goes backwards
+        return costs.checkpointed_bytes + 2 * costs.block_bytes
+    return costs.activation_bytes + costs.block_bytes
+
+
+def largest_batch(config: DualEncoderConfig, memory_gib: float) -> int:
+    """Return the largest power of two of pairs that one GPU trains in mixed bf16, 0 for none."""
+    costs = model_costs(config, precision="bf16-mixed")
+    room = (memory_gib * GIB - _CONTEXT_BYTES) / _FRAGMENTATION
+    room -= state_bytes(costs.parameters, "ddp", 1)
+    pairs = int(room / _bytes_in_flight(costs, config.activation_checkpointing))
+    return 1 << (pairs.bit_length() - 1) if pairs > 0 else 0

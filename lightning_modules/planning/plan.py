@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import PurePath
 from typing import Any
 
 from datamodules.stream.stores import is_remote, local_path
@@ -18,25 +19,47 @@ from lightning_modules.planning.costs import (
 from lightning_modules.training.recipe import RecipeCLI
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+# Clips of an epoch by the folder that the recipes' manifests lie in: the published files' rows
+# (docs/datasets; LaViLa's two are round figures).
+KNOWN_CLIPS = {
+    "egoclip": 3_847_723,
+    "ego4d_rephrased": 4_000_000,
+    "ego4d_pseudo": 4_000_000,
+    "ek100_mir_train": 67_217,
+    "ek100_train": 67_217,
+}
 
 
-def _steps(cli: RecipeCLI, clips: int | None, epochs: int | None) -> int:
-    batch = cli.datamodule.global_batch_size
-    if clips is not None:
-        per_epoch = clips // batch
-    else:
-        missing = [
-            place
-            for place in cli.datamodule.train_manifests
-            if not is_remote(place) and not local_path(place).exists()
-        ]
-        if missing:
+def _clips(cli: RecipeCLI) -> tuple[int, str]:
+    """Clips of an epoch, and where the figure is from.
+
+    Raises:
+        ValueError: A manifest is not there, and its data set not known.
+    """
+    places = cli.datamodule.train_manifests
+    missing = [p for p in places if not is_remote(p) and not local_path(p).exists()]
+    if not missing:
+        steps = cli.datamodule.batches_per_epoch
+        return steps * cli.datamodule.global_batch_size, "the manifests"
+    for path in missing:
+        if _data_set(path) not in KNOWN_CLIPS:
             raise ValueError(
-                f"{missing[0]} does not exist, so the length of an epoch is not known; "
-                "give it with --clips"
+                f"{path} does not exist and the size of its data set is not known, so the length "
+                "of an epoch is not either; give it with --clips"
             )
-        per_epoch = cli.datamodule.batches_per_epoch
-    return per_epoch * (epochs or cli.trainer.max_epochs or 1)
+    known = [KNOWN_CLIPS.get(_data_set(place)) for place in places]
+    if None in known:
+        raise ValueError("some manifests are there and some are not; give the length with --clips")
+    return sum(n for n in known if n), "the data sets' published sizes"
+
+
+def _data_set(manifest: str) -> str:
+    return PurePath(manifest).parent.name
+
+
+def _activation_precision(strategy: str, precision: str) -> str:
+    """DeepSpeed casts the weights where the others run autocast."""
+    return precision.replace("mixed", "true") if strategy.startswith("zero") else precision
 
 
 def make_plan(
@@ -56,22 +79,27 @@ def make_plan(
         )
     model = cli.model.model
     is_recogniser = isinstance(model, VideoClassifier)
-    costs = model_costs(model.config, model.num_classes if is_recogniser else None)
+    precision = str(cli.trainer.precision)
+    num_classes = model.num_classes if is_recogniser else None
+    modes = {_activation_precision(s, precision) for s in STRATEGIES}
+    costs = {mode: model_costs(model.config, num_classes, mode) for mode in modes}
     vision = model.config.vision
     input_bytes = 3 * vision.num_frames * vision.image_size**2
     if not is_recogniser:
         input_bytes += 8 * model.config.text.context_length
-    steps = _steps(cli, clips, epochs)
+    per_epoch, source = (clips, "--clips") if clips is not None else _clips(cli)
+    steps = per_epoch // batch * (epochs or cli.trainer.max_epochs or 1)
     rows = []
     for strategy in STRATEGIES:
         for checkpointing in (False, True):
             option = plan_option(
-                costs,
+                costs[_activation_precision(strategy, precision)],
                 cluster,
                 strategy=strategy,
                 checkpointing=checkpointing,
                 batch=batch // cluster.ranks,
                 pair_input_bytes=input_bytes,
+                workers=cli.datamodule.num_workers,
             )
             if is_recogniser:  # which has no GradCache to split a batch with
                 option = replace(option, micro_batch=None)
@@ -80,8 +108,23 @@ def make_plan(
             cost = gpu_hours * cluster.price_per_gpu_hour
             row = {**asdict(option), "hours": hours, "gpu_hours": gpu_hours, "cost": cost}
             rows.append({**row, "limited_by": _limit(option)})
-    summary = {"steps": steps, "ranks": cluster.ranks, "batch_per_rank": batch // cluster.ranks}
-    return {"cluster": asdict(cluster), "model": asdict(costs), **summary, "options": rows}
+    summary = {
+        "clips": per_epoch,
+        "clips_from": source,
+        "steps": steps,
+        "ranks": cluster.ranks,
+        "batch_per_rank": batch // cluster.ranks,
+        "precision": precision,
+        "activation_bytes": {mode: cost.activation_bytes for mode, cost in costs.items()},
+        "recomputes": model.config.activation_checkpointing,
+        "workers": cli.datamodule.num_workers,
+    }
+    return {
+        "cluster": asdict(cluster),
+        "model": asdict(costs[precision]),
+        **summary,
+        "options": rows,
+    }
 
 
 def _limit(option: Option) -> str:
@@ -96,8 +139,11 @@ def describe(plan: dict[str, Any]) -> str:
     cluster = ClusterConfig(**plan["cluster"])
     lines = [
         f"{costs.parameters / 1e6:.1f} M parameters, {costs.flops / 1e9:.0f} GFLOPs forward a pair",
-        f"{plan['ranks']} x {cluster.gpu} ({cluster.gpu_memory_gib:g} GiB), "
-        f"{plan['batch_per_rank']} pairs each, {plan['steps']} steps",
+        f"{plan['ranks']} x {cluster.gpu} ({cluster.gpu_memory_gib:.0f} GiB), "
+        f"{plan['batch_per_rank']} pairs each, {plan['steps']} steps; {plan['clips']:,} clips an "
+        f"epoch ({plan['clips_from']})",
+        "kept for the backward pass: "
+        + ", ".join(f"{b / 2**20:.0f} MiB a pair in {m}" for m, b in _modes(plan)),
         "",
         "strategy  recompute   state  activ.   total GiB  fits         step s  limit     "
         " hours  GPU-hours    cost",
@@ -116,6 +162,11 @@ def describe(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _modes(plan: dict[str, Any]) -> list[tuple[str, float]]:
+    """The recipe's own precision first."""
+    return sorted(plan["activation_bytes"].items(), key=lambda item: item[0] != plan["precision"])
+
+
 def _advice(plan: dict[str, Any]) -> str:
     usable = [row for row in plan["options"] if row["fits"] or row["micro_batch"]]
     if not usable:
@@ -125,4 +176,7 @@ def _advice(plan: dict[str, Any]) -> str:
     words.append(f"model.model.activation_checkpointing={str(best['checkpointing']).lower()}")
     if best["micro_batch"]:
         words.append(f"model.micro_batch={best['micro_batch']}")
+    workers, cores = plan["workers"], plan["cluster"]["cores_per_gpu"]
+    if best["limited_by"] == "decoding" and workers < cores:
+        words.append(f"data.num_workers={cores:.0f}, which has {workers} of {cores:.0f} cores")
     return "fastest with " + ", ".join(words)

@@ -7,21 +7,43 @@ of a tower works on the one token that is pooled: it needs the others' keys and 
 
 from __future__ import annotations
 
+import re
+
 from lightning_modules.models import DualEncoderConfig, TextConfig, VisionConfig
 
-# bf16 with fp32 accumulation, dense, TFLOP/s, by a part of the device's name (vendors' data sheets)
+# bf16 with fp32 accumulation, dense, TFLOP/s (vendors' data sheets; V100 and T4 have fp16 alone),
+# by whole words of the device's name; the first that fits counts, so what says more stands first
 PEAK_TFLOPS = {
+    "GB200": 2500.0,
     "B200": 2250.0,
+    "GH200": 989.0,
+    "H200 NVL": 836.0,
     "H200": 989.0,
+    "H100 NVL": 835.0,
+    "H100 PCIe": 756.0,
     "H100": 989.0,
+    "H800": 989.0,
+    "H20": 148.0,
     "A100": 312.0,
+    "A800": 312.0,
     "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "A40": 150.0,
+    "A30": 165.0,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "RTX PRO 6000 Blackwell Max-Q": 439.0,
+    "RTX PRO 6000": 504.0,
     "RTX 6000 Ada": 364.0,
     "A6000": 155.0,
     "A5000": 111.0,
+    "A4000": 77.0,
+    "RTX 5090": 210.0,
     "RTX 4090": 165.0,
     "RTX 3090": 71.0,
     "V100": 125.0,
+    "T4": 65.0,
 }
 
 
@@ -68,4 +90,7 @@ def _block_flops(queries: int, tokens: int, width: int, mlp_columns: int) -> flo
 
 def peak_tflops(device_name: str) -> float | None:
     """Peak of a device by its name, or None where it is not known."""
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
+    for name, peak in PEAK_TFLOPS.items():
+        if re.search(rf"\b{name}\b", device_name):
+            return peak
+    return None
