@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ import torch.distributed
 from lightning import LightningDataModule, Trainer
 
 from datamodules.annotations.epic import read_retrieval_clips, read_sentences, retrieval_files
-from datamodules.manifest import Manifest, load_records
+from datamodules.manifest import ClipRecord, Manifest, load_records
 from datamodules.stream.cache import FileCache
 from datamodules.stream.clips import (
     ChooseText,
@@ -43,6 +43,14 @@ class RetrievalSplit:
     annotations: str | None = None
     split: str = "test"
 
+    def records(self, allow_pipe: bool = False) -> list[ClipRecord]:
+        """Read the clips' metadata, in the order of their `clip_index`.
+
+        Args:
+            allow_pipe: The manifest's location may be a command.
+        """
+        return load_records(Manifest.load(self.manifest, allow_pipe))
+
     def sentences(self, allow_pipe: bool = False) -> list[Narration]:
         """Read the sentence list, in the order of the published similarity matrices' columns.
 
@@ -59,13 +67,17 @@ class RetrievalSplit:
                 Narration(row.text, number, (row.verb_class,), row.all_noun_classes)
                 for number, row in enumerate(rows)
             ]
-        first: dict[str, Narration] = {}
-        for record in load_records(Manifest.load(self.manifest, allow_pipe)):
-            text = record.texts[0]
-            if text not in first:
-                classes = record.verb_classes, record.noun_classes
-                first[text] = Narration(text, len(first), *classes)
-        return list(first.values())
+        return own_sentences(self.records(allow_pipe))
+
+
+def own_sentences(records: Iterable[ClipRecord]) -> list[Narration]:
+    """The distinct narrations of clips, in order of appearance."""
+    first: dict[str, Narration] = {}
+    for record in records:
+        text = record.texts[0]
+        if text not in first:
+            first[text] = Narration(text, len(first), record.verb_classes, record.noun_classes)
+    return list(first.values())
 
 
 class StreamDataModule(LightningDataModule):
@@ -89,6 +101,7 @@ class StreamDataModule(LightningDataModule):
         lanes: Canonical streams; see `datamodules.stream.order`.
         shuffle_window: Samples of a lane permuted together; see `datamodules.stream.order`.
         max_fault_rate: Share of damaged samples above which the run ends.
+        max_missing: Share of an evaluation's clips that may be missing, else it has no figures.
         accept_changed_data: Resume although the data or the batch size is not the checkpoint's.
         decoder: `auto` (decord where it is installed and the clips are of our making), `decord`,
             `torchcodec` or `pyav`.
@@ -111,6 +124,7 @@ class StreamDataModule(LightningDataModule):
         lanes: int | None = None,
         shuffle_window: int | None = None,
         max_fault_rate: float = 0.01,
+        max_missing: float = 0.01,
         accept_changed_data: bool = False,
         decoder: Decoder = "auto",
         cache_dir: str | None = None,
@@ -123,7 +137,7 @@ class StreamDataModule(LightningDataModule):
         self.global_batch_size, self.eval_batch_size = global_batch_size, eval_batch_size
         self.num_workers, self.prefetch, self.seed = num_workers, prefetch, seed
         self.lanes, self.shuffle_window = lanes, shuffle_window
-        self.allow_pipe = allow_pipe
+        self.allow_pipe, self.max_missing = allow_pipe, max_missing
         self.max_fault_rate, self.accept_changed_data = max_fault_rate, accept_changed_data
         self.train_manifests: Sequence[str] = ()
         self.train_weights: Sequence[float] | None = None
@@ -179,13 +193,17 @@ class StreamDataModule(LightningDataModule):
         )
         return self._loader(stream, self._train_places, self.batches_per_epoch, reader)
 
+    def eval_split(self, stage: str) -> RetrievalSplit | None:
+        """What a stage, `val` or `test`, is evaluated on."""
+        return self.val_split if stage == "val" else self.test_split or self.val_split
+
     def val_dataloader(self) -> list[PlaceLoader]:
         """Build the loaders of clips and of sentences to validate on; none without a split."""
-        return self._eval_loaders(self.val_split)
+        return self._eval_loaders(self.eval_split("val"))
 
     def test_dataloader(self) -> list[PlaceLoader]:
         """Build the loaders of clips and of sentences to test on."""
-        return self._eval_loaders(self.test_split or self.val_split)
+        return self._eval_loaders(self.eval_split("test"))
 
     def predict_dataloader(self) -> list[PlaceLoader]:
         """Build the same loaders as for the test."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
 
 from datamodules.batch import ClipBatch, TextBatch
+from datamodules.manifest import ClipRecord
+from datamodules.module import RetrievalSplit
 from lightning_modules.checkpoints import load_clip_checkpoint
 from lightning_modules.checkpoints.source import find_checkpoint
-from lightning_modules.metrics import MultiInstanceMAP, MultiInstanceNDCG
+from lightning_modules.evaluated import EvaluatedModule
+from lightning_modules.evaluation.interface import Benchmark
+from lightning_modules.evaluation.predictors import DualEncoderPredictor, Predictor
+from lightning_modules.evaluation.splits import retrieval_benchmark
 from lightning_modules.models import DualEncoder, ModelConfig
 from lightning_modules.models.towers import Towers
 from lightning_modules.training.optim.gradcache import encode_in_micro_batches
@@ -28,10 +31,10 @@ def load_initial_weights(path: str, model: DualEncoder) -> None:
     rank_zero_info(f"initial weights of {source.path}: {report.summary()}")
 
 
-class TrainedModule(LightningModule):
-    """A model in training: its initial weights, its optimiser, and when it is evaluated.
+class TrainedModule(EvaluatedModule):
+    """A model in training: its initial weights and its optimiser.
 
-    Subclasses set `model` and give `load`, `collect` and `log_metrics`.
+    Subclasses set `model` and give `load`, and what `EvaluatedModule` wants.
 
     Args:
         optimizer: Optimiser and schedule.
@@ -50,14 +53,6 @@ class TrainedModule(LightningModule):
         """Load initial weights."""
         raise NotImplementedError
 
-    def collect(self, batch: ClipBatch | TextBatch) -> None:
-        """Take one batch of an evaluation, of clips or of sentences."""
-        raise NotImplementedError
-
-    def log_metrics(self, stage: str) -> None:
-        """Log what was collected, under `val/` or `test/`, and begin anew."""
-        raise NotImplementedError
-
     def configure_model(self) -> None:
         """Load the initial weights, once, unless the run resumes."""
         path, self.init_checkpoint = self.init_checkpoint, None
@@ -69,26 +64,6 @@ class TrainedModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Build the optimiser and its per-step schedule over the whole run."""
         return configure_optimizers(self, self.model, self.optimizer_config)
-
-    def validation_step(
-        self, batch: ClipBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Collect one batch."""
-        self.collect(batch)
-
-    def test_step(
-        self, batch: ClipBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Collect one batch."""
-        self.collect(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics over everything that was collected."""
-        self.log_metrics("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics over everything that was collected."""
-        self.log_metrics("test")
 
 
 class DualEncoderModule(TrainedModule):
@@ -128,7 +103,14 @@ class DualEncoderModule(TrainedModule):
         self.micro_batch = micro_batch
         self.model = DualEncoder(model.resolve())
         self.loss = loss
-        self.metrics = MetricCollection({"map": MultiInstanceMAP(), "ndcg": MultiInstanceNDCG()})
+
+    def benchmark(self, split: RetrievalSplit, records: Sequence[ClipRecord]) -> Benchmark:
+        """Multi-instance retrieval, in both directions."""
+        return retrieval_benchmark(split, records)
+
+    def predictor(self) -> Predictor:
+        """Embeddings of both."""
+        return DualEncoderPredictor(self.model)
 
     def load(self, path: str) -> None:
         """Load the whole dual encoder."""
@@ -152,30 +134,8 @@ class DualEncoderModule(TrainedModule):
         self, batch: ClipBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, Tensor]:
         """Return the batch's embeddings and identities, padding rows left out."""
-        embeddings, index, _ = self._embed(batch)
-        return {"embeddings": embeddings[batch.mask].float(), "index": index[batch.mask]}
-
-    def _embed(self, batch: ClipBatch | TextBatch) -> tuple[Tensor, Tensor, str]:
         if isinstance(batch, ClipBatch):
-            return self.model.encode_video(batch.video), batch.clip_index, "video"
-        return self.model.encode_text(batch.tokens), batch.text_index, "text"
-
-    @torch.no_grad()
-    def collect(self, batch: ClipBatch | TextBatch) -> None:
-        """Collect one batch's embeddings."""
-        embeddings, index, modality = self._embed(batch)
-        self.metrics.update(
-            embeddings,
-            index,
-            batch.verb_classes,
-            batch.noun_classes,
-            modality=modality,
-            mask=batch.mask,
-        )
-
-    def log_metrics(self, stage: str) -> None:
-        """Log mAP and nDCG in percent."""
-        for name, metric in self.metrics.items(keep_base=True, copy_state=False):
-            for direction, value in metric.compute().items():
-                self.log(f"{stage}/{name}_{direction}", float(value), rank_zero_only=False)
-        self.metrics.reset()
+            embeddings, index = self.model.encode_video(batch.video), batch.clip_index
+        else:
+            embeddings, index = self.model.encode_text(batch.tokens), batch.text_index
+        return {"embeddings": embeddings[batch.mask].float(), "index": index[batch.mask]}

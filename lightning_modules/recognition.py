@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from datamodules.annotations.epic import read_actions
 from datamodules.batch import ClipBatch, TextBatch
+from datamodules.manifest import ClipRecord
+from datamodules.module import RetrievalSplit
 from lightning_modules.base import TrainedModule, load_initial_weights
-from lightning_modules.metrics.functional.recognition import action_hits
+from lightning_modules.evaluation.interface import Benchmark
+from lightning_modules.evaluation.predictors import ClassifierPredictor, Predictor
+from lightning_modules.evaluation.splits import recognition_benchmark
 from lightning_modules.models import DualEncoder, ModelConfig, VideoClassifier
 from lightning_modules.training.optim.optimizers import OptimizerConfig
-
-_FIGURES = [f"{kind}_top{k}" for kind in ("action", "verb", "noun") for k in (1, 5)]
 
 
 class RecognitionModule(TrainedModule):
@@ -43,6 +46,7 @@ class RecognitionModule(TrainedModule):
         label_smoothing: float = 0.1,
     ) -> None:
         super().__init__(optimizer, init_checkpoint)
+        self.annotations = annotations
         actions = read_actions(annotations)
         # values that are needed now, also where `plan` builds the model without storage
         verbs = torch.tensor([action.verb_class for action in actions], device="cpu")
@@ -58,8 +62,14 @@ class RecognitionModule(TrainedModule):
         self.register_buffer("action_table", table, persistent=False)
         self.model = VideoClassifier(model.resolve(), len(actions))
         self.label_smoothing = label_smoothing
-        metrics: dict[str, Metric | MetricCollection] = {name: MeanMetric() for name in _FIGURES}
-        self.hits = MetricCollection(metrics, compute_groups=False)
+
+    def benchmark(self, split: RetrievalSplit, records: Sequence[ClipRecord]) -> Benchmark:
+        """EK-100 recognition with the head's own logits."""
+        return recognition_benchmark(split, records, self.annotations)
+
+    def predictor(self) -> Predictor:
+        """The head's logits."""
+        return ClassifierPredictor(self.model)
 
     def load(self, path: str) -> None:
         """Load a dual encoder and take its video tower."""
@@ -105,21 +115,3 @@ class RecognitionModule(TrainedModule):
                 "from the EPIC_100_train.csv and EPIC_100_validation.csv that `annotations` holds"
             )
         return actions
-
-    @torch.no_grad()
-    def collect(self, batch: ClipBatch | TextBatch) -> None:
-        """Count one batch's hits."""
-        if isinstance(batch, TextBatch):  # the sentences of a retrieval split have no part in it
-            return
-        own, actions = batch.mask, self._actions(batch)
-        found = action_hits(
-            self(batch)[own], actions[own], self.verb_of_action, self.noun_of_action
-        )
-        for name, hit in found.items():
-            self.hits[name].update(100 * hit.double())
-
-    def log_metrics(self, stage: str) -> None:
-        """Log the accuracies in percent."""
-        for name, value in self.hits.compute().items():
-            self.log(f"{stage}/{name}", float(value), rank_zero_only=False)
-        self.hits.reset()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -17,13 +18,15 @@ from lightning_modules.checkpoints import LoadReport, load_clip_checkpoint
 from lightning_modules.checkpoints.layouts import translate
 from lightning_modules.checkpoints.model_config import (
     config_to_json,
+    describes_classifier,
     for_inference,
     guess_config,
     read_config,
     with_settings,
 )
 from lightning_modules.checkpoints.source import CheckpointSource, find_checkpoint
-from lightning_modules.models import DualEncoder, DualEncoderConfig
+from lightning_modules.models import DualEncoder, DualEncoderConfig, VideoClassifier
+from lightning_modules.models.towers import Towers
 
 # An image checkpoint has no time; a temperature is of no use at inference.
 _MAY_BE_MISSING = {"visual.temporal_embed", "logit_scale"}
@@ -31,18 +34,18 @@ _TIME_ATTENTION = (".timeattn.", ".norm3.")
 
 
 @dataclass
-class LoadedModel:
+class Loaded:
     """A model in evaluation mode, and where it came from.
 
     Attributes:
-        model: The dual encoder, fp32, on the CPU.
+        model: The model, fp32, on the CPU.
         config: What rebuilds it.
         source: The checkpoint found.
         report: What was used of it.
         assumed: What the checkpoint does not tell and was assumed.
     """
 
-    model: DualEncoder
+    model: Towers
     config: DualEncoderConfig
     source: CheckpointSource
     report: LoadReport
@@ -57,14 +60,44 @@ class LoadedModel:
         return digest.hexdigest()
 
 
-def load_model(
+@dataclass
+class LoadedModel(Loaded):
+    """A dual encoder."""
+
+    model: DualEncoder
+
+
+@dataclass
+class LoadedClassifier(Loaded):
+    """A video tower with a head of its own."""
+
+    model: VideoClassifier
+
+
+def load_model(path: str | Path, **how: Any) -> LoadedModel:
+    """Load a dual encoder, as `load_trained` does.
+
+    Raises:
+        ValueError: The checkpoint is a classifier.
+    """
+    loaded = load_trained(path, **how)
+    if isinstance(loaded, LoadedClassifier):
+        raise ValueError(
+            f"checkpoint {loaded.source.path} names one of {loaded.model.num_classes} classes and "
+            "keeps no text tower: it has no embeddings. Its figures: `eva02-at evaluate "
+            "--benchmark ek100_cls`."
+        )
+    return loaded
+
+
+def load_trained(
     path: str | Path,
     *,
     config: str | Path | None = None,
     settings: Sequence[str] = (),
     average: bool = False,
     drop_time_attention: bool = False,
-) -> LoadedModel:
+) -> LoadedModel | LoadedClassifier:
     """Load a checkpoint of any supported kind into the model that it describes.
 
     The architecture comes from `config`, else from what lies beside the checkpoint (the JSON that
@@ -96,20 +129,33 @@ def load_model(
     except ValueError as error:
         raise ValueError(f"checkpoint {source.path}: {error}") from None
     architecture = for_inference(with_settings(architecture, settings))
-    model = _empty_model(architecture)
+    num_classes = _num_classes(tensors) if describes_classifier(described) else None
+    model = _empty_model(architecture, num_classes)
     try:
         report = load_clip_checkpoint(tensors, model)
     except ValueError as error:
         told = str(error).replace("the given mapping", f"checkpoint {source.path}", 1)
         raise ValueError(told) from None
     _check_nothing_is_random(report, source.path)
-    return LoadedModel(model.eval(), architecture, source, report, assumed)
+    where = architecture, source, report, assumed
+    if isinstance(model, VideoClassifier):
+        return LoadedClassifier(model.eval(), *where)
+    return LoadedModel(model.eval(), *where)
 
 
-def _empty_model(config: DualEncoderConfig) -> DualEncoder:
+def _num_classes(tensors: Mapping[str, Tensor]) -> int:
+    head = tensors.get("visual.head.weight")
+    if head is None:
+        raise ValueError("the checkpoint of a classifier lacks its head (visual.head.weight)")
+    return len(head)
+
+
+def _empty_model(
+    config: DualEncoderConfig, num_classes: int | None = None
+) -> DualEncoder | VideoClassifier:
     """Build a model whose parameters are about to be read: to draw them at random takes seconds."""
     with torch.device("meta"):
-        model = DualEncoder(config)
+        model = VideoClassifier(config, num_classes) if num_classes else DualEncoder(config)
     assert not list(model.buffers()), "a buffer would be left undefined"
     model.to_empty(device="cpu")
     with torch.no_grad():
@@ -141,12 +187,11 @@ def _check_nothing_is_random(report: LoadReport, path: Path) -> None:
         shown = ", ".join(random[:4]) + (f" and {len(random) - 4} more" if len(random) > 4 else "")
         raise ValueError(
             f"checkpoint {path} lacks {shown}, which would stay random. A file to start training "
-            "from goes into a recipe as model.init_args.init_checkpoint; a run of recognition, "
-            "which keeps no text tower, is measured with `eva02-at test`."
+            "from goes into a recipe as model.init_args.init_checkpoint."
         )
 
 
-def save_model(loaded: LoadedModel, output: str | Path) -> Path:
+def save_model(loaded: Loaded, output: str | Path) -> Path:
     """Write a model as safetensors, and beside it the JSON that rebuilds it.
 
     Each file appears whole or not at all; the weights, which a reader looks for, last.
@@ -169,6 +214,8 @@ def save_model(loaded: LoadedModel, output: str | Path) -> Path:
         "step": loaded.source.step,
         "assumed": loaded.assumed,
     }
+    if isinstance(loaded.model, VideoClassifier):
+        about["num_classes"] = loaded.model.num_classes
     description = output.with_suffix(".json")
     write_whole(
         description, lambda path: path.write_text(config_to_json(loaded.config, **about) + "\n")

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_modules.checkpoints.layouts import Translation, translate, unwrap
-from lightning_modules.models import DualEncoder, DualEncoderConfig
+from lightning_modules.models import DualEncoderConfig
 from lightning_modules.models.interpolate import interpolate_spatial, interpolate_temporal
+from lightning_modules.models.towers import Towers
 
 _log = logging.getLogger(__name__)
 _BLOCK = re.compile(r"^(visual|text)\.blocks\.(\d+)\.")
@@ -68,7 +69,7 @@ class LoadReport:
 
 
 def load_clip_checkpoint(
-    source: str | PathLike[str] | Mapping[str, object], model: DualEncoder
+    source: str | PathLike[str] | Mapping[str, object], model: Towers
 ) -> LoadReport:
     """Load a CLIP-like checkpoint into a model, in place.
 
@@ -164,7 +165,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _fit(found: Translation, model: DualEncoder) -> tuple[dict[str, Tensor], LoadReport]:
+def _fit(found: Translation, model: Towers) -> tuple[dict[str, Tensor], LoadReport]:
     """Fit the translated tensors to the model's parameters, or raise with everything wrong."""
     parameters = dict(model.named_parameters())
     _check_blocks(found, parameters)

@@ -54,6 +54,16 @@ def read_config(path: Path) -> DualEncoderConfig:
     return _dataclass_of(DualEncoderConfig, model, str(path))
 
 
+def describes_classifier(path: Path | None) -> bool:
+    """True for what describes a classifier of actions: a recipe of recognition, or its JSON."""
+    if path is None:
+        return False
+    if path.suffix == ".json":
+        return "num_classes" in json.loads(path.read_text())
+    kind = OmegaConf.select(OmegaConf.load(path), "model.class_path")
+    return kind == "lightning_modules.recognition.RecognitionModule"
+
+
 def has_model_section(path: Path) -> bool:
     """True for a recipe that says which model it trains."""
     try:

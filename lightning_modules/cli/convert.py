@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lightning_modules.cli.model_options import add_model_options, load_from_options
+from lightning_modules.cli.model_options import add_model_options, reading
 from lightning_modules.cli.parser import CommandParser
 
 
@@ -36,9 +36,9 @@ def main(argv: list[str]) -> int:
         argv: Words after `eva02-at convert`.
     """
     options = _parser().parse_args(argv)
-    from lightning_modules.checkpoints.conversion import save_model
+    from lightning_modules.checkpoints.conversion import load_trained, save_model
 
-    loaded = load_from_options(options, options.input)
+    loaded = load_trained(options.input, **reading(options))
     description = save_model(loaded, options.output)
     print(f"read {loaded.source.path}: {loaded.report.summary()}")
     for assumption in loaded.assumed:

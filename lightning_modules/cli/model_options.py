@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_modules.packaged import find_recipe
 
@@ -39,17 +39,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def reading(options: argparse.Namespace) -> dict[str, Any]:
+    """How to read the checkpoint, as `load_model` and `load_trained` take it."""
+    return {
+        "config": find_recipe(options.config) if options.config else None,
+        "settings": options.settings,
+        "average": options.average,
+        "drop_time_attention": options.drop_time_attention,
+    }
+
+
 def load_from_options(options: argparse.Namespace, path: str) -> LoadedModel:
-    """Load the model that the options name."""
+    """Load the dual encoder that the options name."""
     from lightning_modules.checkpoints.conversion import load_model
 
-    return load_model(
-        path,
-        config=find_recipe(options.config) if options.config else None,
-        settings=options.settings,
-        average=options.average,
-        drop_time_attention=options.drop_time_attention,
-    )
+    return load_model(path, **reading(options))
 
 
 def model_words(options: argparse.Namespace) -> list[str]:

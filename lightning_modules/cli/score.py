@@ -7,12 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from datamodules.files import write_atomically
-from lightning_modules.cli.parser import CommandParser
-from lightning_modules.evaluation.benchmarks.ek100_mir import RetrievalAnnotations
-from lightning_modules.evaluation.missing import add_max_missing
-from lightning_modules.evaluation.saved import score_saved
-from lightning_modules.evaluation.submission import Levels, write_submission
+from lightning_modules.cli.parser import CommandParser, add_max_missing
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,6 +73,11 @@ def main(argv: list[str]) -> int:
             similarity is NaN, or too many clips are missing.
     """
     options = _parser().parse_args(argv)
+    from datamodules.files import write_atomically
+    from lightning_modules.evaluation.benchmarks.ek100_mir import RetrievalAnnotations
+    from lightning_modules.evaluation.saved import score_saved
+    from lightning_modules.evaluation.submission import Levels, write_submission
+
     annotations = RetrievalAnnotations(options.annotations, options.split)
     done = score_saved(
         options.similarity,

@@ -7,7 +7,7 @@ A benchmark never sees pixels or a model. It names its clips and its prompts; so
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -70,6 +70,19 @@ class Measured:
     metrics: dict[str, Any]
     per_query: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def flat(self) -> dict[str, float | int]:
+        """The metrics by one name each: `{"map": {"v2t": 1.0}}` as `map_v2t`."""
+        return dict(_flat(self.metrics))
+
+
+def _flat(metrics: Mapping[str, Any], stem: str = "") -> Iterator[tuple[str, float | int]]:
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{stem}{name}_")
+        else:
+            yield f"{stem}{name}", value
+
 
 class Benchmark(ABC):
     """One evaluation protocol.
@@ -77,12 +90,17 @@ class Benchmark(ABC):
     Attributes:
         name: On the command line.
         columns: Metrics of a table row: title -> dotted name in `Measured.metrics`.
+        needs_scale: Whether `predict` wants the model's own logit scale.
+        num_classes: Classes of a head that may be measured instead, its logits being the
+            prediction; None where there is nothing of the kind.
         clip_ids: Data: the clips it needs, in the order of its predictions.
         prompts: The texts it needs, in its own order.
     """
 
     name: ClassVar[str]
     columns: ClassVar[Mapping[str, str]]
+    needs_scale: ClassVar[bool] = False
+    num_classes: int | None = None
     clip_ids: Sequence[str]
     prompts: Sequence[str]
 
@@ -93,7 +111,7 @@ class Benchmark(ABC):
         Args:
             video: (clips, E), L2-normalised; NaN for a clip that is missing.
             text: (prompts, E), L2-normalised.
-            logit_scale: The model's inverse temperature.
+            logit_scale: The model's inverse temperature; 1 where `needs_scale` is not set.
 
         Returns:
             A matrix that is NaN wherever a missing clip has a part in it.

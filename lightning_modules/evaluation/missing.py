@@ -6,12 +6,17 @@ retrieval easier), so figures over a part are not comparable with anybody's.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_MISSING = 0.01
+
+
+class TooMuchMissing(ValueError):
+    """More of a benchmark is missing than may be."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +54,10 @@ class Coverage:
             mend: What to do about it.
 
         Raises:
-            ValueError: More is missing.
+            TooMuchMissing: More is missing.
         """
         if self.share > limit:
-            raise ValueError(
+            raise TooMuchMissing(
                 f"{self}, more than a share of {limit:g} (max_missing) allows: figures over a part "
                 f"are not those of the whole. {mend}"
             )
@@ -60,26 +65,3 @@ class Coverage:
     def headline(self, figures: str) -> str:
         """Figures with what they leave out, if anything."""
         return f"{figures} -- {self}" if self.missing else figures
-
-
-def share_that_may_miss(text: str) -> float:
-    """Parse the option --max-missing."""
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share from 0 to 1")
-    return share
-
-
-def add_max_missing(parser: argparse.ArgumentParser) -> None:
-    """Add the option --max-missing."""
-    parser.add_argument(
-        "--max-missing",
-        type=share_that_may_miss,
-        default=MAX_MISSING,
-        metavar="SHARE",
-        help="share of the benchmark that may be missing, else it is an error (default "
-        "%(default)s); a submission may miss nothing",
-    )

@@ -1,50 +1,56 @@
-"""A model on a benchmark, from shards to figures."""
+"""A model on a benchmark outside any recipe, from shards to figures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import torch.distributed as dist
+from tqdm import tqdm
 
-from datamodules.manifest import ClipRecord, Manifest, load_records
-from datamodules.stream.reader import Corpus
+from datamodules.batch import ClipBatch, TextBatch
+from datamodules.manifest import Manifest, load_records
+from datamodules.stream.clips import ClipOptions, EvalClips, EvalSentences, Narration
+from datamodules.stream.faults import FaultMonitor
+from datamodules.stream.loader import PlaceLoader
+from datamodules.stream.reader import Corpus, SampleReader
 from lightning_modules.evaluation.benchmarks import BENCHMARKS
-from lightning_modules.evaluation.embed import EmbedOptions, embed_clips, embed_texts
-from lightning_modules.evaluation.interface import Benchmark, BenchmarkData, Measured
-from lightning_modules.evaluation.missing import MAX_MISSING, Coverage
-from lightning_modules.models import DualEncoder
-from lightning_modules.models.dual_encoder import MAX_LOG_SCALE
+from lightning_modules.evaluation.engine import Engine, Evaluation
+from lightning_modules.evaluation.interface import Benchmark, BenchmarkData
+from lightning_modules.evaluation.missing import MAX_MISSING
+from lightning_modules.evaluation.predictors import predictor_of
+from lightning_modules.evaluation.processes import Machines
+from lightning_modules.losses.gather import world_size
+from lightning_modules.models import DualEncoder, VideoClassifier
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What came out.
+class EvalOptions:
+    """How clips are read and measured.
 
     Attributes:
-        benchmark: The benchmark, with its data.
-        prediction: What was measured: similarities or logits; NaN where a clip is missing.
-        present: (clips,) bool, which of the benchmark's clips could be embedded.
-        measured: The figures.
+        batch_size: Clips (and texts) in a forward pass.
+        num_workers: Decoding processes a rank.
+        views: Clips of T frames taken from each segment, interleaved in time, and averaged.
+        flip: Average with the horizontally flipped clip.
+        max_fault_rate: Share of damaged clips above which the evaluation ends.
+        max_missing: Greatest share of the benchmark that may be missing.
     """
 
-    benchmark: Benchmark
-    prediction: Tensor
-    present: Tensor
-    measured: Measured
+    batch_size: int = 16
+    num_workers: int = 2
+    views: int = 1
+    flip: bool = False
+    max_fault_rate: float = 0.01
+    max_missing: float = MAX_MISSING
 
-    @property
-    def coverage(self) -> Coverage:
-        """How much of the benchmark was measured."""
-        return self.benchmark.coverage(self.present)
-
-    @property
-    def headline(self) -> str:
-        """The main figures, and what they leave out."""
-        row = self.benchmark.row(self.measured.metrics)
-        return self.coverage.headline(", ".join(f"{k} {value:.2f}" for k, value in row.items()))
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.views < 1 or self.num_workers < 0:
+            raise ValueError(
+                f"batch size {self.batch_size}, views {self.views} and workers "
+                f"{self.num_workers} given; they must be at least 1, 1 and 0"
+            )
 
 
 def open_benchmark(
@@ -55,6 +61,7 @@ def open_benchmark(
     split: str | None = None,
     template: str = "{}",
     dual_softmax: float | None = None,
+    allow_pipe: bool = False,
 ) -> tuple[Benchmark, Corpus]:
     """Read a benchmark's annotations and the manifest of its shards.
 
@@ -65,6 +72,7 @@ def open_benchmark(
         split: Which part of the data.
         template: Each prompt is set in here.
         dual_softmax: Its scale, for retrieval.
+        allow_pipe: The manifest's location may be a command.
 
     Raises:
         ValueError: An unknown name, a missing or malformed file, or an option that the benchmark
@@ -75,20 +83,46 @@ def open_benchmark(
     retrieval = ("ek100_mir", "text_video")
     if dual_softmax is not None and name not in retrieval:
         raise ValueError(f"dual softmax is for retrieval ({', '.join(retrieval)}), not for {name}")
-    corpus = Corpus.load([manifest])
+    corpus = Corpus.load([manifest], None, allow_pipe)
     (manifest_read,) = corpus.manifests
     records, rejected = load_records(manifest_read), _rejected(manifest_read)
     data = BenchmarkData(records, annotations, split, template, dual_softmax, rejected)
     return BENCHMARKS[name](data), corpus
 
 
-def evaluate(
-    model: DualEncoder,
+def _rejected(manifest: Manifest) -> list[str]:
+    """Names of the clips that the build of the shards rejected."""
+    indexes = map(manifest.load_index, range(len(manifest.shards)))
+    return [reject["clip_id"] for index in indexes for reject in index.rejects]
+
+
+def open_engine(
+    model: DualEncoder | VideoClassifier,
     benchmark: Benchmark,
     corpus: Corpus,
-    options: EmbedOptions,
+    options: EvalOptions,
+) -> Engine:
+    """The engine of a model on a benchmark.
+
+    Raises:
+        ValueError: The benchmark is not one for this model, or the shards lack too much of it.
+    """
+    return Engine(
+        benchmark,
+        load_records(corpus.manifests[0]),
+        predictor_of(model),
+        max_missing=options.max_missing,
+        views=options.views,
+        flip=options.flip,
+    )
+
+
+def evaluate(
+    model: DualEncoder | VideoClassifier,
+    benchmark: Benchmark,
+    corpus: Corpus,
+    options: EvalOptions,
     on_progress: Callable[[int], object] = lambda done: None,
-    max_missing: float = MAX_MISSING,
 ) -> Evaluation:
     """Evaluate a model; on several ranks each does its share and all return the same.
 
@@ -96,59 +130,85 @@ def evaluate(
         model: In evaluation mode, on its device.
         benchmark: From `open_benchmark`, as is `corpus`.
         corpus: The shards.
-        options: How clips become embeddings.
+        options: How clips are read and measured.
         on_progress: Called with the number of this rank's clips just finished.
-        max_missing: Greatest share of the benchmark that may be missing.
 
     Raises:
-        ValueError: None of the benchmark's clips is in the shards, or too few of them.
+        ValueError: As `open_engine`, or too many clips are damaged.
     """
-    rows = rows_in_shards(benchmark, load_records(corpus.manifests[0]))
-    check_coverage(benchmark, rows >= 0, max_missing)  # before hours of work
-    embeddings, intact = embed_clips(model, corpus, options, on_progress)
-    present = (rows >= 0) & intact[rows]
-    check_coverage(benchmark, present, max_missing)
-    video = torch.where(present[:, None], embeddings[rows], torch.nan)
-    text = embed_texts(model, benchmark.prompts, options.batch_size)
-    logit_scale = model.logit_scale.detach().float().clamp(0, MAX_LOG_SCALE).exp().item()
-    prediction = benchmark.predict(video, text, logit_scale)
-    return Evaluation(benchmark, prediction, present, benchmark.measure(prediction, present))
+    engine = open_engine(model, benchmark, corpus, options)
+    for clips in clip_batches(model, corpus, options):
+        engine.take(clips)
+        on_progress(int(clips.mask.sum()))
+    for texts in text_batches(benchmark.prompts, options.batch_size):
+        engine.take(texts)
+    return engine.finish()
 
 
-def rows_in_shards(benchmark: Benchmark, records: Sequence[ClipRecord]) -> Tensor:
-    """Where each of the benchmark's clips lies in the shards: (clips,) int64, -1 where nowhere.
+def evaluate_here(
+    model: DualEncoder | VideoClassifier,
+    benchmark: Benchmark,
+    corpus: Corpus,
+    options: EvalOptions,
+    machines: Machines,
+) -> Evaluation | None:
+    """Evaluate a model on these machines, with a progress bar.
 
-    Raises:
-        ValueError: None of them is there.
+    Returns:
+        What came out; None on every process but the first.
     """
-    place = {record.clip_id: row for row, record in enumerate(records)}
-    rows = torch.tensor([place.get(clip_id, -1) for clip_id in benchmark.clip_ids])
-    if not (rows >= 0).any():
-        raise ValueError(
-            f"none of the {len(rows)} clips of benchmark {benchmark.name} (such as "
-            f"{benchmark.clip_ids[0]!r}) is in the shards, whose clips are called "
-            f"{records[0].clip_id!r} and the like; build the shards from the same annotations"
+    with (
+        machines.processes() as process,
+        tqdm(
+            total=len(benchmark.clip_ids),
+            unit="clip",
+            disable=not process.is_first or None,
+            leave=False,
+        ) as bar,
+    ):
+        done = evaluate(
+            model.to(process.device, machines.weights),
+            benchmark,
+            corpus,
+            options,
+            lambda clips: bar.update(clips * machines.num_processes),
         )
-    return rows
+        return done if process.is_first else None
 
 
-def check_coverage(benchmark: Benchmark, present: Tensor, max_missing: float) -> None:
-    """Refuse a part of a benchmark that is too small to stand for it.
+def clip_batches(
+    model: DualEncoder | VideoClassifier, corpus: Corpus, options: EvalOptions
+) -> Iterable[ClipBatch]:
+    """This rank's batches of the clips of a set of shards.
 
-    Raises:
-        ValueError: It is, with the names of some clips that are missing.
+    The work is cut into the same batches whatever the number of ranks, so that results do not
+    depend on it.
     """
-    missing = (~present).nonzero().flatten().tolist()
-    shown = ", ".join(repr(benchmark.clip_ids[row]) for row in missing[:3])
-    benchmark.coverage(present).check(
-        max_missing,
-        f"Of benchmark {benchmark.name}, {shown} and the like are not in the shards or cannot be "
-        "read: build them (`eva02-at shards build`), or raise --max-missing to have the figures of "
-        "a part, marked as such.",
+    vision = model.config.vision
+    reader = SampleReader(corpus)
+    monitor = FaultMonitor(options.num_workers, options.max_fault_rate)
+    clip_options = ClipOptions(vision.num_frames * options.views, vision.image_size)
+    dataset = EvalClips(reader, clip_options, monitor)
+    places = _own_places(len(dataset), options.batch_size)
+    return PlaceLoader(
+        dataset,
+        lambda: places,
+        len(places),
+        num_workers=options.num_workers,
+        monitor=monitor,
+        describe=reader.describe,
     )
 
 
-def _rejected(manifest: Manifest) -> list[str]:
-    """Names of the clips that the build of the shards rejected."""
-    indexes = map(manifest.load_index, range(len(manifest.shards)))
-    return [reject["clip_id"] for index in indexes for reject in index.rejects]
+def text_batches(texts: Sequence[str], batch_size: int) -> Iterable[TextBatch]:
+    """This rank's batches of texts, cut alike."""
+    dataset = EvalSentences([Narration(text, row, (), ()) for row, text in enumerate(texts)])
+    return (dataset[place] for place in _own_places(len(texts), batch_size))
+
+
+def _own_places(total: int, batch_size: int) -> list[tuple[int, int]]:
+    """(start, size) of this rank's batches; every rank has the same number of them."""
+    num_ranks = world_size()
+    rank = dist.get_rank() if num_ranks > 1 else 0
+    rounds = -(-total // (batch_size * num_ranks))
+    return [((k * num_ranks + rank) * batch_size, batch_size) for k in range(rounds)]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_modules.evaluation.benchmarks.ek100_mir import (
     RetrievalAnnotations,
+    refuse_undefined,
     scores_as_metrics,
 )
 from lightning_modules.evaluation.missing import MAX_MISSING, Coverage
@@ -80,7 +81,9 @@ def score_saved(
     if scale is not None:
         scored = torch.full_like(similarity, torch.nan, dtype=torch.float64)
         scored[present] = dual_softmax(similarity[present], scale)
-    metrics = scores_as_metrics(annotations.score(scored, present))
+    scores = annotations.score(scored, present)
+    refuse_undefined(scores)
+    metrics = scores_as_metrics(scores)
     metrics["num_missing_clips"] = coverage.missing
     if scale is not None:
         metrics["dual_softmax"] = scale

@@ -7,12 +7,15 @@ import re
 import torch
 from torch import nn
 
+from lightning_modules.models.config import DualEncoderConfig
 from lightning_modules.models.text import TextEncoder
 from lightning_modules.models.vision import VideoEncoder
 
 
 class Towers(nn.Module):
     """A model of a video tower `visual` and, perhaps, a text tower `text`."""
+
+    config: DualEncoderConfig
 
     @property
     def towers(self) -> dict[str, VideoEncoder | TextEncoder]:

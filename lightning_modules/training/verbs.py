@@ -57,11 +57,22 @@ def _save_predictions(trainer: Trainer, batches: list[Any], run_dir: Path) -> No
     print(f"{kind} in {path}")
 
 
-def _save_figures(result: list[Any], path: Path) -> None:
-    """Print and write the metrics of a validation or test; what is undefined becomes null."""
+def _save_figures(result: list[Any], evaluation: Any, stage: str, path: Path) -> None:
+    """Print and write the metrics of a validation or test; what is undefined becomes null.
+
+    Args:
+        result: What the trainer logged, in float32.
+        evaluation: The module's own, exact and with all counts; None if it made none.
+        stage: `val` or `test`.
+        path: The file.
+    """
     figures = {key: value for loader in result for key, value in loader.items()}
+    if evaluation is not None:
+        figures |= {f"{stage}/{key}": value for key, value in evaluation.measured.flat.items()}
     for key, value in figures.items():
-        print(f"{key:<24}{value:10.4f}")
+        print(f"{key:<28}" + (f"{value:10d}" if isinstance(value, int) else f"{value:10.4f}"))
+    if evaluation is not None and evaluation.coverage.missing:
+        print(evaluation.headline)
     defined = {key: value if math.isfinite(value) else None for key, value in figures.items()}
     write_atomically(path, json.dumps(defined, indent=2) + "\n")
     print(f"metrics in {path}")
@@ -104,5 +115,7 @@ def run_verb(verb: str, cli: RecipeCLI) -> int:
     if verb == "predict":
         _save_predictions(cli.trainer, result, run_dir)
     elif verb in ("validate", "test") and cli.trainer.is_global_zero:
-        _save_figures(result, run_dir / f"{verb}.json")
+        stage = "val" if verb == "validate" else "test"
+        evaluation = getattr(cli.model, "evaluations", {}).get(stage)
+        _save_figures(result, evaluation, stage, run_dir / f"{verb}.json")
     return 0

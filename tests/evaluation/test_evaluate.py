@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -15,55 +14,26 @@ import torch.nn.functional as F
 from epic_files import write_retrieval_split
 from gloo_ranks import run_ranks
 from retrieval_protocol import protocol, relevance_of_sets
-from small_videos import write_video
+from small_world import NUM_CLIPS, NUM_SENTENCES, tiny_model
 
-from datamodules.annotations.formats import read_clips
 from datamodules.manifest import Manifest
-from datamodules.shards import LAYOUTS, EncodeOptions, build_shards
 from datamodules.stream.clips import ClipOptions, EvalClips
 from datamodules.stream.faults import FaultMonitor
 from datamodules.stream.reader import Corpus, SampleReader
-from lightning_modules.checkpoints.model_config import config_to_json
+from lightning_modules.cli.evaluate_options import BENCHMARKS, DTYPES
 from lightning_modules.cli.main import main
-from lightning_modules.evaluation.embed import EmbedOptions, embed_clips, embed_texts
-from lightning_modules.evaluation.run import evaluate, open_benchmark
+from lightning_modules.evaluation import benchmarks
+from lightning_modules.evaluation.processes import PRECISIONS
+from lightning_modules.evaluation.run import (
+    EvalOptions,
+    clip_batches,
+    evaluate,
+    open_benchmark,
+    open_engine,
+    text_batches,
+)
 from lightning_modules.evaluation.submission import read_submission
-from lightning_modules.models import DualEncoder, build_dual_encoder
-
-NUM_CLIPS, NUM_SENTENCES = 13, 7
-
-
-@lru_cache
-def tiny_model() -> DualEncoder:
-    torch.manual_seed(0)
-    model = build_dual_encoder("eva02_at_tiny", num_frames=2).eval()
-    with torch.no_grad():
-        # far apart, else every clip looks the same to a random model
-        for parameter in model.visual.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> tuple[Path, list, list]:
-    """A folder with EK-100's files, shards of their clips and a checkpoint."""
-    folder = tmp_path_factory.mktemp("world")
-    (folder / "annotations").mkdir()
-    videos, texts = write_retrieval_split(folder / "annotations", "test", NUM_CLIPS, NUM_SENTENCES)
-    write_video(folder / "videos" / "P01_01.mp4", 40)
-    records = read_clips(folder / "annotations" / "EPIC_100_retrieval_test.csv", "ek100")
-    build_shards(
-        records,
-        videos=folder / "videos",
-        layout=LAYOUTS["whole"],
-        output=folder / "shards",
-        options=EncodeOptions(short_side=48, preset="ultrafast"),
-        samples_per_shard=5,
-    )
-    model = tiny_model()
-    torch.save(model.state_dict(), folder / "m.pt")
-    (folder / "m.json").write_text(config_to_json(model.config))
-    return folder, videos, texts
+from lightning_modules.models import DualEncoder
 
 
 def run(folder: Path, *words: str | Path, shards: str | Path = "shards") -> int:
@@ -99,7 +69,7 @@ def result_of_a_rank(rank: int, folder: Path) -> tuple:
     benchmark, corpus = open_benchmark(
         "ek100_mir", str(folder / "shards"), annotations=folder / "annotations"
     )
-    options = EmbedOptions(batch_size=3, num_workers=0)
+    options = EvalOptions(batch_size=3, num_workers=0)
     done = evaluate(tiny_model(), benchmark, corpus, options)
     return done.prediction, done.measured.metrics
 
@@ -191,7 +161,7 @@ def test_too_small_a_part_has_no_figures(world, damaged, tmp_path, capsys, limit
 
 def test_what_is_not_in_the_shards_is_told_before_any_work(world, tmp_path, monkeypatch):
     folder = world[0]
-    monkeypatch.setattr("lightning_modules.evaluation.run.embed_clips", None)  # must not be called
+    monkeypatch.setattr("lightning_modules.evaluation.run.clip_batches", None)  # not called
     other = tmp_path / "annotations"
     other.mkdir()
     write_retrieval_split(other, "test", 2 * NUM_CLIPS, NUM_SENTENCES)
@@ -199,16 +169,27 @@ def test_what_is_not_in_the_shards_is_told_before_any_work(world, tmp_path, monk
     assert run(folder, *words) == 2
 
 
+def rows(folder: Path, model: DualEncoder, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings of the clips and of the sentences, as the engine has them."""
+    benchmark, corpus = open_benchmark("text_video", str(folder / "shards"))
+    how = EvalOptions(num_workers=0, **options)
+    engine = open_engine(model, benchmark, corpus, how)
+    for batch in (
+        *clip_batches(model, corpus, how),
+        *text_batches(benchmark.prompts, how.batch_size),
+    ):
+        engine.take(batch)
+    (clips, intact), (texts, complete) = engine.clips.gather(), engine.texts.gather()
+    assert intact.all() and complete.all()
+    return clips, texts
+
+
 @torch.inference_mode()
 def test_views_and_flips_are_averaged(world):
-    corpus = Corpus.load([str(world[0] / "shards")])
     model = tiny_model()
-    options = EmbedOptions(batch_size=4, num_workers=0)
-    plain, present = embed_clips(model, corpus, options)
-    assert present.all()
-    rich, _ = embed_clips(
-        model, corpus, EmbedOptions(batch_size=4, num_workers=0, views=2, flip=True)
-    )
+    plain, _ = rows(world[0], model, batch_size=4)
+    rich, _ = rows(world[0], model, batch_size=4, views=2, flip=True)
+    corpus = Corpus.load([str(world[0] / "shards")])
     clips = EvalClips(SampleReader(corpus), ClipOptions(4, 64), FaultMonitor(0, 0.0))
     frames = clips[0, len(clips)].video
     views = [frames[:, :, 0::2], frames[:, :, 1::2]]
@@ -220,11 +201,15 @@ def test_views_and_flips_are_averaged(world):
 
 def test_texts_do_not_depend_on_the_batch(world):
     model = tiny_model()
-    texts = [f"say {number}" for number in range(5)]
-    rows = embed_texts(model, texts, 2)
-    torch.testing.assert_close(rows, embed_texts(model, texts, 5), rtol=0, atol=1e-5)
-    torch.testing.assert_close(rows.norm(dim=1), torch.ones(5))
-    assert (rows[0] - rows[4]).abs().max() > 1e-4
+    _, two = rows(world[0], model, batch_size=2)
+    _, five = rows(world[0], model, batch_size=5)
+    torch.testing.assert_close(two, five, rtol=0, atol=1e-5)
+    torch.testing.assert_close(two.norm(dim=1), torch.ones(len(two)))
+    assert (two[0] - two[4]).abs().max() > 1e-4
+
+
+def test_the_options_name_every_benchmark_and_precision():
+    assert tuple(benchmarks.BENCHMARKS) == BENCHMARKS and tuple(PRECISIONS) == DTYPES
 
 
 def test_mistakes_are_one_line(world, tmp_path, capsys):

@@ -11,8 +11,9 @@ from epic_files import write_recognition_split, write_retrieval_split
 from retrieval_protocol import protocol, relevance_of_sets
 
 from datamodules.manifest import ClipRecord
+from lightning_modules.cli.parser import share_that_may_miss
 from lightning_modules.evaluation.benchmarks import BENCHMARKS, BenchmarkData
-from lightning_modules.evaluation.missing import Coverage, share_that_may_miss
+from lightning_modules.evaluation.missing import Coverage
 from lightning_modules.evaluation.similarity import dual_softmax
 
 

@@ -16,8 +16,11 @@ from epic_files import write_recognition_split
 from datamodules.annotations.epic import read_actions
 from datamodules.annotations.formats import read_clips
 from datamodules.batch import ClipBatch, TextBatch
+from datamodules.manifest import ClipRecord
+from datamodules.module import RetrievalSplit
 from datamodules.shards import LAYOUTS, EncodeOptions, build_shards
 from lightning_modules.cli.main import main
+from lightning_modules.evaluation.engine import Engine
 from lightning_modules.models import DualEncoder, ModelConfig
 from lightning_modules.recognition import RecognitionModule
 from lightning_modules.training.optim.optimizers import OptimizerConfig
@@ -110,8 +113,32 @@ def test_the_recipe_learns_from_a_pretrained_tower_and_is_tested(tmp_path, annot
     assert main(["predict", *common, f"--ckpt_path={run / 'checkpoints'}"]) == 0
     saved = torch.load(run / "logits.pt")["video"]
     assert saved["index"].tolist() == list(range(16)) and saved["logits"].shape == (16, 2)
-    assert main(["convert", f"--input={run}", f"--output={tmp_path / 'm.safetensors'}"]) == 2
-    assert "a run of recognition, which keeps no text tower" in capsys.readouterr().err
+    check_evaluate_and_sweep(tmp_path, run, annotations, figures)
+    capsys.readouterr()
+    assert main(["embed", f"--checkpoint={run}", "--videos=x.mp4", "--output=x.pt"]) == 2
+    assert "names one of 2 classes and keeps no text tower" in capsys.readouterr().err
+
+
+def check_evaluate_and_sweep(folder: Path, run: Path, annotations: Path, tested: dict) -> None:
+    """Both give what `test` gave, to the bit; a benchmark of texts is refused."""
+    shards = f"--shards={folder / 'ek100_validation'}"
+    words = [shards, f"--annotations={annotations}", "--workers=0", "--batch-size=3"]
+    words += ["--accelerator=cpu"]
+    command = ["evaluate", f"--checkpoint={run}", *words]
+    assert main([*command, "--benchmark=ek100_cls", f"--json={folder / 'e.json'}"]) == 0
+    evaluated = json.loads((folder / "e.json").read_text())
+    exact = {f"test/{name}": evaluated[name] for name in evaluated if f"test/{name}" in tested}
+    assert exact == tested and len(exact) == 6 + 3  # figures and counts
+    assert main(["evaluate", f"--checkpoint={run}", shards, "--benchmark=text_video"]) == 2
+    benchmark = " ".join(["ek100_cls", *words])
+    newest = max((run / "checkpoints").glob("step-*"))
+    swept = ["sweep", f"--checkpoints={newest}", f"--benchmark={benchmark}", "--rounds=1"]
+    assert main([*swept, f"--output={folder / 'sweep'}"]) == 0
+    (result,) = (folder / "sweep" / "results").glob("*.json")
+    result = json.loads(result.read_text())["result"]
+    assert {
+        f"test/{name}": result[name] for name in evaluated if f"test/{name}" in tested
+    } == tested
 
 
 def test_a_pretrained_tower_comes_without_its_projection(tmp_path, annotations):
@@ -148,17 +175,30 @@ def test_padding_and_sentences_do_not_count(annotations):
     ours = module(annotations)
     ours.eval()
     rows = batch([[3], [10], [3]], [[7], [2], [7]])
-    best = ours(rows).argmax(1)
-    pairs = [((10, 2), (3, 7))[int(k)] for k in best]  # what the model says is right
-    rows.verb_classes = torch.tensor([[verb] for verb, _ in pairs])
-    rows.noun_classes = torch.tensor([[noun] for _, noun in pairs])
-    rows.verb_classes[2] = rows.noun_classes[2] = -1
+    # where clips 0 and 8 (dark, bright) lie in shards that lack the rest; the third row is padding
+    names = ["validation_8", "validation_0"]
+    records = [ClipRecord(name, "v", 0.0, 1.0, ("",)) for name in names]
     rows.mask[2] = False
-    ours.validation_step(rows, 0, 0)
+    rows.clip_index[2] = 0
+    benchmark = ours.benchmark(RetrievalSplit("none"), records)
+    engine = Engine(benchmark, records, ours.predictor(), max_missing=0.9)
+    engine.take(rows)
     empty = torch.zeros(1, 1, dtype=torch.int64)
-    ours.validation_step(TextBatch(empty, empty[0], empty[0] == 0, empty, empty), 0, 1)
-    assert ours.hits["action_top1"].weight == 2
-    assert ours.hits.compute()["action_top1"] == 100
+    engine.take(TextBatch(empty, empty[0], empty[0] == 0, empty, empty))
+    done = engine.finish()
+    assert done.present.nonzero().flatten().tolist() == [0, 8]
+    assert torch.equal(done.prediction[done.present], ours(rows)[[1, 0]])
+    hits = (ours(rows)[[1, 0]].argmax(1) == torch.tensor([1, 0])).double().mean()
+    assert done.measured.metrics["action_top1"] == 100 * hits
+    assert done.measured.metrics["num_missing_clips"] == 14
+    assert ours.benchmark(RetrievalSplit("none", split="train"), records).clip_ids[0] == "train_0"
+
+
+def test_views_of_a_clip_average_their_probabilities(annotations):
+    predictor = module(annotations).predictor()
+    views = [torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]])]
+    expected = (views[0].softmax(1) + views[1].softmax(1)) / 2
+    torch.testing.assert_close(predictor.mean(views).softmax(1), expected)
 
 
 def test_label_smoothing_reaches_the_loss(annotations):

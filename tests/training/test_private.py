@@ -22,6 +22,8 @@ ELSEWHERE = {
     ("kernels/xformers_door.py", "_dispatch_fw"),
     ("kernels/xformers_door.py", "_dispatch_bw"),
     ("kernels/attention.py", "_dynamo_marked_constant"),
+    ("kernels/operators.py", "_dynamo_marked_constant"),
+    ("kernels/trial.py", "torch.utils._python_dispatch"),
     ("datamodules/stream/loader.py", "torch.utils.data._utils"),
     ("lightning_modules/models/towers.py", "_dynamo"),  # documented under this name
 }

@@ -1,4 +1,4 @@
-"""EK-100 action recognition, zero-shot."""
+"""EK-100 action recognition, zero-shot or with a head of its own."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ class EK100Recognition(Benchmark):
     """Verb, noun and action of a clip; top-1 and top-5.
 
     A class's prompts are all unique narrations of its clips in the training and the validation file
-    (`read_actions`). The prediction is the cosine similarity to the mean of a class's normalised
-    prompt embeddings, times the model's logit scale; verbs and nouns by marginalising its softmax.
+    (`read_actions`). Zero-shot, the prediction is the cosine similarity to the mean of a class's
+    normalised prompt embeddings, times the model's logit scale; of a fine-tuned head it is the
+    logits. Verbs and nouns come by marginalising its softmax.
 
     Args:
         data: Its annotations are the folder of `EPIC_100_train.csv` and
@@ -26,6 +27,7 @@ class EK100Recognition(Benchmark):
     """
 
     name = "ek100_cls"
+    needs_scale = True
     columns: ClassVar = {
         "verb": "verb_top1",
         "noun": "noun_top1",
@@ -40,6 +42,7 @@ class EK100Recognition(Benchmark):
             raise ValueError(f"split {split!r} of {self.name}; it must be train or validation")
         clips = read_retrieval_clips(recognition_file(folder, split))
         actions = read_actions(folder)
+        self.num_classes = len(actions)
         self.verb_of_action = torch.tensor([action.verb_class for action in actions])
         self.noun_of_action = torch.tensor([action.noun_class for action in actions])
         self.clip_ids = [clip.narration_id for clip in clips]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +24,50 @@ from lightning_modules.metrics.functional import (
     class_sets,
     multi_instance_scores_from_classes,
 )
+
+
+@dataclass(frozen=True)
+class ClassIds:
+    """Class ids of clips, or of sentences, one list each."""
+
+    verbs: list[list[int]]
+    nouns: list[list[int]]
+
+    def __getitem__(self, kept: list[int]) -> ClassIds:
+        return ClassIds([self.verbs[row] for row in kept], [self.nouns[row] for row in kept])
+
+    def __len__(self) -> int:
+        return len(self.verbs)
+
+
+def score_classes(
+    similarity: Tensor, clips: ClassIds, sentences: ClassIds, present: Tensor | None = None
+) -> MultiInstanceScores:
+    """Measure a (clips, sentences) similarity matrix.
+
+    Args:
+        similarity: Rows of clips, columns of sentences.
+        clips: Classes of the rows.
+        sentences: Classes of the columns.
+        present: (clips,) bool: rows that count; all of them by default.
+
+    Raises:
+        ValueError: Wrong shape, or a NaN.
+    """
+    expected = (len(clips), len(sentences))
+    if tuple(similarity.shape) != expected:
+        raise ValueError(
+            f"the similarity matrix has shape {tuple(similarity.shape)}; it must be "
+            f"{expected}: {expected[0]} clips (rows) and {expected[1]} sentences (columns)"
+        )
+    if present is not None and not present.all():
+        similarity = similarity[present]
+        clips = clips[present.nonzero().flatten().tolist()]
+    videos, texts = class_sets(
+        (pad_class_ids(clips.verbs), pad_class_ids(sentences.verbs)),
+        (pad_class_ids(clips.nouns), pad_class_ids(sentences.nouns)),
+    )
+    return multi_instance_scores_from_classes(similarity, videos, texts)
 
 
 class RetrievalAnnotations:
@@ -47,48 +92,38 @@ class RetrievalAnnotations:
         clips = [clip.narration_id for clip in self.clips]
         return clips, [sentence.narration_id for sentence in self.sentences]
 
+    @property
+    def classes(self) -> tuple[ClassIds, ClassIds]:
+        """The classes of clips and of sentences."""
+        sides: tuple[Sequence[RetrievalClip | Sentence], ...] = (self.clips, self.sentences)
+        clips, sentences = (
+            ClassIds([[x.verb_class] for x in side], [list(x.all_noun_classes) for x in side])
+            for side in sides
+        )
+        return clips, sentences
+
     def score(self, similarity: Tensor, present: Tensor | None = None) -> MultiInstanceScores:
-        """Measure a (clips, sentences) similarity matrix.
-
-        Args:
-            similarity: Rows in the order of the clip file, columns in that of the sentence file.
-            present: (clips,) bool: rows that count; all of them by default.
-
-        Raises:
-            ValueError: Wrong shape, or a NaN.
-        """
-        expected = (len(self.clips), len(self.sentences))
-        if tuple(similarity.shape) != expected:
-            raise ValueError(
-                f"the similarity matrix has shape {tuple(similarity.shape)}; it must be "
-                f"{expected}: {expected[0]} clips (rows) and {expected[1]} sentences (columns)"
-            )
-        clips: Sequence[RetrievalClip] = self.clips
-        if present is not None and not present.all():
-            similarity = similarity[present]
-            clips = [
-                clip for clip, is_there in zip(clips, present.tolist(), strict=True) if is_there
-            ]
-        sides: tuple[Sequence[RetrievalClip | Sentence], ...] = (clips, self.sentences)
-        verbs = [pad_class_ids([[item.verb_class] for item in side]) for side in sides]
-        nouns = [pad_class_ids([list(item.all_noun_classes) for item in side]) for side in sides]
-        videos, texts = class_sets((verbs[0], verbs[1]), (nouns[0], nouns[1]))
-        return multi_instance_scores_from_classes(similarity, videos, texts)
+        """Measure a matrix of these clips and sentences: see `score_classes`."""
+        return score_classes(similarity, *self.classes, present)
 
 
-def scores_as_metrics(scores: MultiInstanceScores) -> dict[str, Any]:
-    """Percentages of both scores, and how many queries there were and were left out.
+def refuse_undefined(scores: MultiInstanceScores) -> None:
+    """Refuse scores that are an average of nothing.
 
     Raises:
-        ValueError: Every query of a direction is left out: there is nothing to average.
+        ValueError: Every query of a direction is left out.
     """
-    sides = {"v2t": scores.v2t, "t2v": scores.t2v}
-    for name, side in sides.items():
+    for name, side in (("v2t", scores.v2t), ("t2v", scores.t2v)):
         if side.num_excluded_map == side.num_queries:
             raise ValueError(
                 f"none of the {side.num_queries} queries of {name} has an item of relevance 1, so "
                 "there is no mean average precision; are clips and sentences of the same split?"
             )
+
+
+def scores_as_metrics(scores: MultiInstanceScores) -> dict[str, Any]:
+    """Percentages of both scores, and how many queries there were and were left out."""
+    sides = {"v2t": scores.v2t, "t2v": scores.t2v}
 
     def percent(v2t: float, t2v: float) -> dict[str, float]:
         return {"v2t": 100 * v2t, "t2v": 100 * t2v, "avg": 50 * (v2t + t2v)}
@@ -102,18 +137,21 @@ def scores_as_metrics(scores: MultiInstanceScores) -> dict[str, Any]:
     }
 
 
-class EK100Retrieval(Benchmark):
+class MultiInstanceRetrieval(Benchmark):
     """Clips and sentences retrieve each other; mAP and nDCG with graded relevance.
 
-    Prompts are the sentences, the prediction is the matrix of cosine similarities in the order of
-    the published files. Clips that are missing take part neither as queries nor as items, and are
-    counted.
+    Prompts are the sentences, the prediction is the matrix of cosine similarities. Clips that are
+    missing take part neither as queries nor as items, and are counted.
 
     Args:
-        data: Its annotations are the folder of the retrieval CSVs; split `test` by default.
+        clip_ids: The clips.
+        clips: Their classes.
+        prompts: The sentences.
+        sentences: Their classes.
+        dual_softmax: Its scale; None for plain similarities.
     """
 
-    name = "ek100_mir"
+    name = "retrieval"
     columns: ClassVar = {
         "mAP V-T": "map.v2t",
         "mAP T-V": "map.t2v",
@@ -122,13 +160,19 @@ class EK100Retrieval(Benchmark):
         "nDCG T-V": "ndcg.t2v",
         "nDCG": "ndcg.avg",
     }
+    may_be_undefined: ClassVar[bool] = True  # shards of a user's own may have no classes
 
-    def __init__(self, data: BenchmarkData) -> None:
-        directory = data.annotation_path(self.name, "the folder of EPIC_100_retrieval_*.csv")
-        self.annotations = RetrievalAnnotations(directory, data.split or "test")
-        self.dual_softmax = data.dual_softmax
-        self.clip_ids = self.annotations.ids[0]
-        self.prompts = [data.template.format(row.text) for row in self.annotations.sentences]
+    def __init__(
+        self,
+        clip_ids: Sequence[str],
+        clips: ClassIds,
+        prompts: Sequence[str],
+        sentences: ClassIds,
+        dual_softmax: float | None = None,
+    ) -> None:
+        self.clip_ids, self.prompts = clip_ids, prompts
+        self.clips, self.sentences = clips, sentences
+        self.dual_softmax = dual_softmax
 
     def predict(self, video: Tensor, text: Tensor, logit_scale: float) -> Tensor:
         """(clips, sentences) cosine similarities."""
@@ -139,7 +183,9 @@ class EK100Retrieval(Benchmark):
         if self.dual_softmax is not None:
             rows = dual_softmax(prediction[present], self.dual_softmax)
             prediction = prediction.double().index_put((present.nonzero().squeeze(1),), rows)
-        scores = self.annotations.score(prediction, present)
+        scores = score_classes(prediction, self.clips, self.sentences, present)
+        if not self.may_be_undefined:
+            refuse_undefined(scores)
         sides = {"v2t": scores.v2t, "t2v": scores.t2v}
         return Measured(
             {**scores_as_metrics(scores), "num_missing_clips": int((~present).sum())},
@@ -148,3 +194,22 @@ class EK100Retrieval(Benchmark):
                 "ndcg": {name: side.query_ndcg.tolist() for name, side in sides.items()},
             },
         )
+
+
+class EK100Retrieval(MultiInstanceRetrieval):
+    """EK-100's clips and sentences, in the order of the published files.
+
+    Args:
+        data: Its annotations are the folder of the retrieval CSVs; split `test` by default.
+    """
+
+    name = "ek100_mir"
+    may_be_undefined = False
+
+    def __init__(self, data: BenchmarkData) -> None:
+        directory = data.annotation_path(self.name, "the folder of EPIC_100_retrieval_*.csv")
+        self.annotations = RetrievalAnnotations(directory, data.split or "test")
+        clips, sentences = self.annotations.classes
+        prompts = [data.template.format(row.text) for row in self.annotations.sentences]
+        clip_ids = self.annotations.ids[0]
+        super().__init__(clip_ids, clips, prompts, sentences, data.dual_softmax)
