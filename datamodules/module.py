@@ -24,7 +24,9 @@ from datamodules.stream.clips import (
 from datamodules.stream.faults import FaultMonitor
 from datamodules.stream.loader import PlaceLoader
 from datamodules.stream.order import StreamOrder
+from datamodules.stream.prefetch import Prefetcher, Upcoming
 from datamodules.stream.reader import Corpus, SampleReader
+from datamodules.stream.stores import is_remote
 from datamodules.video.decode import Decoder
 
 
@@ -107,6 +109,8 @@ class StreamDataModule(LightningDataModule):
             `torchcodec` or `pyav`.
         cache_dir: Folder for copies of remote shards; needed if a manifest is a URL.
         cache_gb: How much it may hold.
+        prefetch_shards: Remote shards that a node fetches ahead of their use, as far as `cache_gb`
+            holds them; all that it holds by default, 0 for none.
         allow_pipe: A manifest's location may be `pipe:` and a command, which is then run.
     """
 
@@ -129,6 +133,7 @@ class StreamDataModule(LightningDataModule):
         decoder: Decoder = "auto",
         cache_dir: str | None = None,
         cache_gb: float = 100.0,
+        prefetch_shards: int | None = None,
         allow_pipe: bool = False,
     ) -> None:
         super().__init__()
@@ -138,6 +143,8 @@ class StreamDataModule(LightningDataModule):
         self.num_workers, self.prefetch, self.seed = num_workers, prefetch, seed
         self.lanes, self.shuffle_window = lanes, shuffle_window
         self.allow_pipe, self.max_missing = allow_pipe, max_missing
+        self.prefetch_shards = prefetch_shards
+        self._prefetcher: Prefetcher | None = None
         self.max_fault_rate, self.accept_changed_data = max_fault_rate, accept_changed_data
         self.train_manifests: Sequence[str] = ()
         self.train_weights: Sequence[float] | None = None
@@ -181,6 +188,8 @@ class StreamDataModule(LightningDataModule):
         num_parts = world_size * micro_batches
         self.order.check_parts(num_parts)
         reader = SampleReader(self.corpus, self.cache)
+        if self._prefetcher is None:
+            self._prefetcher = self._make_prefetcher()
         self.fault_monitor = FaultMonitor(self.num_workers, self.max_fault_rate)
         stream = TrainStream(
             reader,
@@ -279,7 +288,38 @@ class StreamDataModule(LightningDataModule):
             self._epoch = epoch
         first = samples * micro_batches // self.global_batch_size
         for place in range(first, self.order.num_steps * micro_batches):
+            if self._prefetcher is not None:
+                self._prefetcher.move_to(epoch, place // micro_batches)
             yield epoch, *divmod(place, micro_batches)
+
+    def teardown(self, stage: str) -> None:
+        """End the process that fetches ahead."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+
+    def _make_prefetcher(self) -> Prefetcher | None:
+        """One on each node, for the lanes of all its ranks; None where nothing is remote."""
+        remote = any(is_remote(manifest.root) for manifest in self.corpus.manifests)
+        if self.cache is None or not remote or self.prefetch_shards == 0:
+            return None
+        rank, world_size = self._rank_and_world_size()
+        here = 1  # ranks that share the cache, as far as this process knows
+        if self.trainer is not None:
+            if self.trainer.local_rank != 0:
+                return None
+            here = self.trainer.num_devices
+        each = self.order.lanes // world_size
+        manifests = self.corpus.manifests
+        sizes = [shard.num_bytes for manifest in manifests for shard in manifest.shards]
+        upcoming = Upcoming(
+            self.order,
+            range(rank * each, (rank + here) * each),
+            sizes,
+            self.cache.limit_bytes,
+            self.prefetch_shards,
+        )
+        behind = -(-max(1, self.num_workers) * self.prefetch // self._micro_batches()) + 1
+        return Prefetcher(self.corpus, self.cache, upcoming, behind)
 
     def _loader(
         self, dataset: Any, places: Any, length: int, reader: SampleReader | None

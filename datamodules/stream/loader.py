@@ -64,9 +64,9 @@ class PlaceLoader:
             num_workers=self.num_workers,
             prefetch_factor=self.prefetch if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_heed_the_trainer_alone,
+            worker_init_fn=heed_the_trainer_alone,
         )
-        with _signals_held_back():  # the workers inherit this
+        with signals_held_back():  # the workers inherit this
             batches = iter(loader)
         if self.num_workers:
             _leave_deaths_to_the_queue()
@@ -124,7 +124,8 @@ def _leave_deaths_to_the_queue() -> None:
 
 
 @contextlib.contextmanager
-def _signals_held_back() -> Iterator[None]:
+def signals_held_back() -> Iterator[None]:
+    """Block the trainer's signals; a child started in here calls `heed_the_trainer_alone`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINERS_SIGNALS)
     try:
         yield
@@ -132,7 +133,7 @@ def _signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _heed_the_trainer_alone(worker: int) -> None:
+def heed_the_trainer_alone(worker: int) -> None:
     """Ignore the trainer's signals, but end on a SIGTERM that the trainer itself sends.
 
     Python sends one to the workers that are left when it exits, and then waits for them.

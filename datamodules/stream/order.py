@@ -20,7 +20,7 @@ within a few consecutive shards, so that a rank has few files open and remote re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -190,6 +190,40 @@ class EpochOrder:
         shard, row = self.locate(lane, position)
         sample_index = step * order.global_batch_size + lane * share + offset
         return Slots(lane, position, sample_index, shard, row)
+
+    def needs(self, lanes: range) -> Iterator[tuple[int, int, IntArray]]:
+        """Say which shards a run of lanes reads, and when.
+
+        Substitutes for damaged samples, which may lie in the window after, do not count.
+
+        Args:
+            lanes: The lanes, as a rank or a node has them.
+
+        Yields:
+            For each window, in time order: the first step that reads from it, the step after its
+            last, and its shards, in the order of their first use where it is the whole epoch.
+        """
+        order, length = self.order, self._lane_length
+        share = order.global_batch_size // order.lanes
+        firsts = np.asarray(lanes, dtype=np.int64) * length
+        if self._whole is not None:
+            # (position, lane): row by row in time order
+            places = self._whole[firsts + np.arange(length)[:, None]].ravel()
+            found, first_use = np.unique(
+                np.searchsorted(self._starts, places, side="right") - 1, return_index=True
+            )
+            yield 0, order.num_steps, self._shards[found[np.argsort(first_use)]]
+            return
+        for begin in range(0, length, order.window):
+            end = min(begin + order.window, length)
+            low = np.searchsorted(self._starts, firsts + begin, side="right") - 1
+            high = np.searchsorted(self._starts, firsts + end - 1, side="right")
+            # in the list of shards, not by number; an empty one is read by nobody
+            found = np.unique(
+                np.concatenate([np.arange(*ends) for ends in zip(low, high, strict=True)])
+            )
+            shards = self._shards[found[np.diff(self._starts)[found] > 0]]
+            yield begin // share, -(-end // share), shards
 
     def locate(self, lane: IntArray, position: IntArray) -> tuple[IntArray, IntArray]:
         """Return shard and row of the samples at positions of lanes.
