@@ -217,7 +217,12 @@ def open_store(url: str, timeout_s: float = 60.0) -> tuple[Any, str]:
     scheme = scheme_of(url)
     options: dict[str, Any] = {}
     if scheme == "s3":
-        options["config_kwargs"] = {"read_timeout": timeout_s, "connect_timeout": timeout_s}
+        # one policy of retries, ours: the client's own would take minutes before we hear of a fault
+        options["config_kwargs"] = {
+            "read_timeout": timeout_s,
+            "connect_timeout": timeout_s,
+            "retries": {"total_max_attempts": 1},
+        }
     elif scheme in ("http", "https"):
         import aiohttp  # fsspec's own for these schemes; half a second to import
 
