@@ -6,7 +6,7 @@ LOCK ?= requirements.lock
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test lint docs lock clean
 
 demo: $(READY)
 	$(BIN)/eva02-at demo
@@ -20,13 +20,17 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The documentation as a site, in build/site; any broken link or reference is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f .ci/mkdocs.yml
+
 # Every version comes from the lock file. torch goes first: with it in place nothing pulls another.
 $(READY): pyproject.toml $(LOCK)
 	@echo "setting up $(VENV) (a minute or two)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -qq --upgrade pip
 	$(BIN)/pip install -qq --constraint $(LOCK) torch
-	$(BIN)/pip install -qq --constraint $(LOCK) --editable '.[dev]'
+	$(BIN)/pip install -qq --constraint $(LOCK) --editable '.[dev,docs]'
 	touch $@
 
 clean:
