@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import secrets
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,7 @@ from lightning_modules.cli.video_options import (
 )
 
 if TYPE_CHECKING:
+    from lightning_modules.inference.search import FolderSearch
     from lightning_modules.inference.search_page import Answer
 
 
@@ -29,7 +32,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("query", nargs="*", help="sentences; none only brings the index up to date")
     parser.add_argument("--videos", required=True, type=Path, metavar="DIR", help="the folder")
     parser.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="as `eva02-at convert` reads it"
+        "--checkpoint",
+        required=True,
+        action="append",
+        metavar="PATH",
+        help="as `eva02-at convert` reads it; may be repeated: every model answers",
     )
     parser.add_argument("--top", type=int, default=12, help="hits a query (%(default)s)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the frames")
@@ -44,6 +51,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where the index lies (DIR/.eva02-at/search-HASH)",
     )
+    page = parser.add_argument_group("a page to type into")
+    page.add_argument("--serve", action="store_true", help="answer in a browser until Ctrl-C")
+    page.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (%(default)s); any other than this machine's needs the token "
+        "that is printed",
+    )
+    page.add_argument("--port", type=int, default=8000, help="0: any free one (%(default)s)")
     add_video_options(parser)
     parser.set_defaults(rate=0.5)
     add_model_options(parser)
@@ -66,17 +82,43 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"template {options.template!r} has no {{}} for the query")
     if not options.videos.is_dir():
         raise ValueError(f"{options.videos} is no folder")
-    if options.html and not options.query:
-        raise ValueError("a page (--html) needs a query")
-    from datamodules.files import write_atomically
+    if (options.html and not options.query) or (options.serve and (options.query or options.html)):
+        raise ValueError("a page (--html) needs a query; --serve is asked in the browser")
+    if options.html and len(options.checkpoint) > 1:
+        raise ValueError("a page (--html) shows one model; --serve shows several side by side")
+    folders = [_open(options, path) for path in options.checkpoint]
+    if options.serve:
+        _serve(folders, options)
+        return 0
+    for folder in folders:
+        _answer(folder, options)
+    return 0
+
+
+def _open(options: argparse.Namespace, path: str) -> FolderSearch:
     from lightning_modules.inference.search import open_folder
 
-    loaded = load_from_options(options, options.checkpoint)
+    loaded = load_from_options(options, path)
     folder = open_folder(options.videos, loaded, embed_options(options), options.index)
     print(folder.told)
     report_unreadable(folder.unreadable)
     if not len(folder.index):
         raise ValueError(f"no video in {options.videos} could be read")
+    return folder
+
+
+def _serve(folders: Sequence[FolderSearch], options: argparse.Namespace) -> None:
+    try:
+        from lightning_modules.inference.serve import LOOPBACK, SearchSite, serve
+    except ImportError as error:
+        raise ValueError(f"--serve needs {error.name}: pip install 'eva02-at[serve]'") from error
+    token = None if options.host in LOOPBACK else secrets.token_urlsafe(16)
+    serve(SearchSite(folders, options.template, token), options.host, options.port)
+
+
+def _answer(folder: FolderSearch, options: argparse.Namespace) -> None:
+    from datamodules.files import write_atomically
+
     started = time.monotonic()
     answers = folder.ask(options.query, options.top, options.template)
     if answers:
@@ -85,7 +127,6 @@ def main(argv: list[str]) -> int:
     if options.html:
         write_atomically(options.html, folder.page(answers, options.workers))
         print(f"page in {options.html}, {time.monotonic() - started:.3f} s after the question")
-    return 0
 
 
 def _print(answers: list[Answer], folder: Path) -> None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from datamodules.video.windows import Unreadable
 from lightning_modules.checkpoints.conversion import LoadedModel
 from lightning_modules.inference.embedding import Embedder, EmbedOptions
-from lightning_modules.inference.search_index import SearchIndex
+from lightning_modules.inference.search_index import Among, SearchIndex
 from lightning_modules.inference.search_page import Answer, search_page
 
 INDEX_FOLDER = ".eva02-at"
@@ -43,13 +43,20 @@ class FolderSearch:
         """Videos that are not in the index, and why."""
         return [Unreadable(self.folder / v.path, v.problem) for v in self.index.videos if v.problem]
 
-    def ask(self, queries: Sequence[str], top: int, template: str = "{}") -> list[Answer]:
+    def ask(
+        self,
+        queries: Sequence[str],
+        top: int,
+        template: str = "{}",
+        among: Among | None = None,
+    ) -> list[Answer]:
         """Answer queries.
 
         Args:
             queries: Sentences.
             top: Hits a query.
             template: Each query is put in here.
+            among: Which windows are meant.
         """
         if not queries:
             return []
@@ -57,7 +64,7 @@ class FolderSearch:
         background = self.index.background()
         answers = []
         for query, text in zip(queries, texts, strict=True):
-            hits = self.index.search(text, top)
+            hits = self.index.search(text, top, among)
             sure = [background.surer_than(hit.z) if background else 0.0 for hit in hits]
             answers.append(Answer(query, hits, sure))
         return answers

@@ -12,6 +12,7 @@ mapped into memory, not read: a query goes through them block by block.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -71,6 +72,26 @@ class Hit:
     z: float = 0.0
 
 
+@dataclass(frozen=True)
+class Among:
+    """Which windows a question is about.
+
+    Attributes:
+        video: Letters that the video's path holds, in any case.
+        start_s: The window ends after this.
+        end_s: The window begins before this.
+    """
+
+    video: str = ""
+    start_s: float = 0.0
+    end_s: float = math.inf
+
+    @property
+    def is_all(self) -> bool:
+        """True where every window is meant."""
+        return self == Among()
+
+
 @dataclass
 class Part:
     """Windows of some videos, as one file holds them.
@@ -115,6 +136,16 @@ class Part:
     def live_videos(self) -> list[IndexedVideo]:
         """Those that count."""
         return self.videos if self.live is None else [self.videos[number] for number in self.live]
+
+    def rows(self, among: Among) -> Tensor | None:
+        """(N,) bool, which rows count and are meant; None for all."""
+        if among.is_all:
+            return self.alive
+        letters = among.video.casefold()
+        named = torch.tensor([letters in v.path.casefold() for v in self.videos], dtype=torch.bool)
+        meant = named[self.video] if len(self.videos) else torch.zeros(0, dtype=torch.bool)
+        meant &= (self.spans[:, 1] > among.start_s) & (self.spans[:, 0] < among.end_s)
+        return meant if self.alive is None else meant & self.alive
 
     @classmethod
     def read(cls, path: Path, key: str) -> Part | None:
@@ -296,7 +327,7 @@ class SearchIndex:
                 old.path.unlink(missing_ok=True)
         self.parts = [p for p in self.parts if not any(p is old for old in small)] + [part]
 
-    def search(self, query: Tensor, count: int) -> list[Hit]:
+    def search(self, query: Tensor, count: int, among: Among | None = None) -> list[Hit]:
         """Find the windows nearest to a query, best first; ties in the order of the index.
 
         A window that overlaps a better one of the same video is left out.
@@ -304,17 +335,17 @@ class SearchIndex:
         Args:
             query: (E,) L2-normalised.
             count: How many to return at most.
+            among: Which windows are meant; the mean that a hit stands out from is that of all.
         """
         number = count * _CANDIDATES
         moments = Moments()
         best: list[tuple[float, int, int]] = []  # score, part, row
         for place, part in enumerate(self.parts):
             scores = torch.cat([block @ query for block in _blocks(part.embeddings)])
-            if part.alive is None:
-                moments.add(scores)
-            else:
-                moments.add(scores[part.alive])
-                scores = scores.masked_fill(~part.alive, -torch.inf)
+            moments.add(scores if part.alive is None else scores[part.alive])
+            meant = part.rows(among or Among())
+            if meant is not None:
+                scores = scores.masked_fill(~meant, -torch.inf)
             top = torch.topk(scores, min(number, len(scores)))
             rows = zip(top.values.tolist(), top.indices.tolist(), strict=True)
             best += [(score, place, row) for score, row in rows]

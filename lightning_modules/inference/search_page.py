@@ -164,13 +164,19 @@ def _strips(windows: Sequence[Window], num_workers: int) -> dict[Window, list[st
 
 
 def _jpegs(window: Window) -> list[str]:
-    return [_jpeg(frame) for frame in read_frames(window.video, _times(window))]
+    frames = read_frames(window.video, _times(window))
+    return [base64.b64encode(_jpeg(frame)).decode() for frame in frames]
 
 
-def _jpeg(frame: np.ndarray) -> str:
+def picture_at(window: Window) -> bytes:
+    """A JPEG of the frame that is on the screen where a window begins."""
+    return _jpeg(next(read_frames(window.video, [window.start_s])))
+
+
+def _jpeg(frame: np.ndarray) -> bytes:
     image = Image.fromarray(frame)
     # twice the height on the page, for fine screens; small videos are not enlarged
     image.thumbnail((10_000, 2 * _HEIGHT))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
