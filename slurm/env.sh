@@ -9,6 +9,7 @@
 EVA02_AT_RUN=()
 
 # export NCCL_SOCKET_IFNAME=ib0                          # the interface between the nodes
+# export GLOO_SOCKET_IFNAME=ib0                          # the same, for what the ranks agree on
 # export NCCL_IB_HCA=mlx5_0,mlx5_1
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1                 # a dead peer ends the others
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"           # loader workers do the CPU work

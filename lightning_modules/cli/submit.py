@@ -39,6 +39,11 @@ def _parser() -> ArgumentParser:
         "--env", default=f"{scripts}/env.sh", help="what a node needs before it starts"
     )
     parser.add_argument("--sbatch", default="", help='more options: "--partition=gpu --account=me"')
+    parser.add_argument(
+        "--doctor",
+        action="store_true",
+        help="examine every node first (`eva02-at doctor`); the job ends where it would not run",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check and print, queue nothing")
     return parser
 
@@ -163,6 +168,8 @@ def main(argv: list[str]) -> int:
         raise ValueError("there is no `sbatch` here; submit from a login node of the cluster")
     Path(cli.config.run_dir).mkdir(parents=True, exist_ok=True)
     environment = {"EVA02_AT_ENV": given.env, "EVA02_AT_SLURM": str(folder("slurm"))}
+    if given.doctor:
+        environment["EVA02_AT_DOCTOR"] = str(Path(cli.config.run_dir, "doctor.json").absolute())
     done = subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True
     )
