@@ -5,20 +5,14 @@ The tasks of job arrays start here by the hundred, so nothing here imports torch
 
 from __future__ import annotations
 
-import importlib
-import signal
+import shlex
 import sys
-from collections.abc import Callable
-from typing import Any
 
-from datamodules.files import write_atomically
-from lightning_modules.sweep.cells import CellFailed, SweepFiles, run_cell
-from lightning_modules.sweep.page import sweep_page
-from lightning_modules.sweep.plan import Plan
-from lightning_modules.sweep.slurm import SlurmOptions, submit
-from lightning_modules.sweep.table import csv_text, markdown, read_table
+from lightning_modules.cli.model_options import model_words
+from lightning_modules.cli.sweep_options import sweep_parser
 
 _FAILED = 1  # the sweep ended, and its table names what has no figures
+_NOT_AGAIN = 2  # the cell's failure is kept: the batch script should not try again
 
 
 def main(argv: list[str]) -> int:
@@ -26,63 +20,53 @@ def main(argv: list[str]) -> int:
 
     Args:
         argv: Words after `eva02-at sweep`.
+
+    Returns:
+        0, or 1 where a cell or checkpoint has no figures (the table names it).
+
+    Raises:
+        ValueError: a mistake in the options.
     """
-    match argv:
-        case ["table", directory]:
-            return _table(directory)
-        case ["cell", directory, key]:
-            return _cell(directory, key)
-        case ["collect", directory, attempt]:
-            return _collect(directory, int(attempt))
-    run: Callable[[list[str]], int] = importlib.import_module(f"{__package__}.sweep_run").main
-    return run(argv)
+    if argv and argv[0] in ("table", "cell", "collect"):
+        return _part(argv)
+    options = sweep_parser().parse_args(argv)
+    from lightning_modules.sweep.cells import SweepFiles
+    from lightning_modules.sweep.plan import parse_benchmarks
+    from lightning_modules.sweep.run import Sweep
+    from lightning_modules.sweep.slurm import SlurmOptions
 
-
-def _table(directory: str) -> int:
-    files = SweepFiles(directory)
-    plan = Plan.load(files.directory)
-    if not plan.cells:
-        raise ValueError(f"{directory} holds no sweep")
-    return write_table(files, plan)
-
-
-def write_table(files: SweepFiles, plan: Plan) -> int:
-    """Write the table of what a sweep has, and print it; 0 where nothing is missing."""
-    table = read_table(files, plan)
-    text = markdown(table)
-    write_atomically(files.directory / "table.md", text)
-    write_atomically(files.directory / "table.csv", csv_text(table))
-    page = sweep_page(
-        table, f"Sweep of {len(table.rows)} checkpoints in {files.directory.resolve()}"
+    sweep = Sweep(
+        SweepFiles(options.output),
+        options.checkpoints,
+        parse_benchmarks(options.benchmarks, options.options),
+        model_words(options),
+        SlurmOptions(options.throttle, tuple(shlex.split(options.sbatch)), options.rounds),
+        on_cluster=options.slurm,
+        jobs=options.jobs,
+        may_be_missing=options.watch,
     )
-    write_atomically(files.directory / "table.html", page)
-    print(f"\n{text}\ntable in {files.directory}/table.md, .csv and .html")
-    return _FAILED if table.problems else 0
+    if options.watch:
+        whole = sweep.watch(options.every_s, options.until_step)
+    else:
+        whole = sweep.run(retry_failed=options.retry_failed)
+    return 0 if whole else _FAILED
 
 
-def _cell(directory: str, key: str) -> int:
-    """One task of an array. A failure is kept, and 2 tells the batch script not to try again."""
-    files = SweepFiles(directory)
-    plan = Plan.load(files.directory)
+def _part(words: list[str]) -> int:
+    from lightning_modules.sweep.array import collect, run_task, write_table
+    from lightning_modules.sweep.cells import SweepFiles
+    from lightning_modules.sweep.plan import Plan
 
-    def near_the_end(*_: Any) -> None:
-        told = "the job's time limit came near: give it more with --sbatch '--time=...'"
-        raise CellFailed(told, killed=False)
-
-    signal.signal(signal.SIGUSR1, near_the_end)
-    return 0 if run_cell(files, plan.cell(key), plan.folder) else 2
-
-
-def _collect(directory: str, attempt: int) -> int:
-    """The last job of a sweep: submit what was killed once more, and write the table."""
-    files = SweepFiles(directory)
-    plan, slurm = Plan.load(files.directory), SlurmOptions.load(files)
-    waiting = files.waiting(plan, retry_failed=False)
-    if waiting and attempt < slurm.rounds:
-        print(f"{len(waiting)} cells have no result: submitted again")
-        submit(files, waiting, slurm, attempt + 1)
-    write_table(files, plan)
-    return 0
+    match words:
+        case ["table", directory]:
+            files = SweepFiles(directory)
+            return 0 if write_table(files, Plan.load(files.directory)) else _FAILED
+        case ["cell", directory, key]:
+            return 0 if run_task(SweepFiles(directory), key) else _NOT_AGAIN
+        case ["collect", directory, attempt]:
+            collect(SweepFiles(directory), int(attempt))
+            return 0
+    raise ValueError("usage: eva02-at sweep table DIR | cell DIR KEY | collect DIR ATTEMPT")
 
 
 if __name__ == "__main__":

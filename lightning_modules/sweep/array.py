@@ -1,0 +1,66 @@
+"""A sweep's parts that jobs run: one cell, the collection of all, and the table.
+
+The tasks of job arrays start here by the hundred, so nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+from datamodules.files import write_atomically
+from lightning_modules.sweep.cells import CellFailed, SweepFiles, run_cell
+from lightning_modules.sweep.page import sweep_page
+from lightning_modules.sweep.plan import Plan
+from lightning_modules.sweep.slurm import SlurmOptions, submit
+from lightning_modules.sweep.table import csv_text, markdown, read_table
+
+
+def write_table(files: SweepFiles, plan: Plan) -> bool:
+    """Write the table of what a sweep has, and print it; False where something has no figures.
+
+    Raises:
+        ValueError: There is no sweep.
+    """
+    if not plan.cells:
+        raise ValueError(f"{files.directory} holds no sweep")
+    table = read_table(files, plan)
+    text = markdown(table)
+    write_atomically(files.directory / "table.md", text)
+    write_atomically(files.directory / "table.csv", csv_text(table))
+    page = sweep_page(table, f"Sweep {files.directory.name}")
+    write_atomically(files.directory / "table.html", page)
+    print(f"\n{text}\ntable in {files.directory}/table.md, .csv and .html")
+    return not table.problems
+
+
+def run_task(files: SweepFiles, key: str) -> bool:
+    """Run the cell of one task of an array; a failure is kept.
+
+    Args:
+        files: The sweep's.
+        key: The cell's.
+    """
+    plan = Plan.load(files.directory)
+
+    def near_the_end(*_: Any) -> None:
+        told = "the job's time limit came near: give it more with --sbatch '--time=...'"
+        raise CellFailed(told, killed=False)
+
+    signal.signal(signal.SIGUSR1, near_the_end)
+    return run_cell(files, plan.cell(key), plan.folder)
+
+
+def collect(files: SweepFiles, attempt: int) -> None:
+    """The last job of a sweep: submit what was killed once more, and write the table.
+
+    Args:
+        files: The sweep's.
+        attempt: How often cells have been submitted.
+    """
+    plan, slurm = Plan.load(files.directory), SlurmOptions.load(files)
+    waiting = files.waiting(plan, retry_failed=False)
+    if waiting and attempt < slurm.rounds:
+        print(f"{len(waiting)} cells have no result: submitted again")
+        submit(files, waiting, slurm, attempt + 1)
+    write_table(files, plan)
