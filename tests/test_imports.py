@@ -50,8 +50,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "lightning_modules.training.optim",
     ),
     "lightning_modules.training.monitor": (
+        "datamodules.files",
         "lightning_modules.models",
         "lightning_modules.training.run",
+        "lightning_modules.training.runs",
     ),
     "lightning_modules.training": (
         "datamodules",

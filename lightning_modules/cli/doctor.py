@@ -8,9 +8,6 @@ from pathlib import Path
 
 from datamodules.files import write_atomically
 from lightning_modules.cli.parser import CommandParser
-from lightning_modules.doctor.examine import examine
-from lightning_modules.doctor.finding import as_json, screen, verdict
-from lightning_modules.models import PRESETS
 
 
 def main(argv: list[str]) -> int:
@@ -31,7 +28,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument(
         "--preset",
-        choices=PRESETS,
+        metavar="NAME",
         help="whose training step is timed (B/16; on a CPU the demo's)",
     )
     parser.add_argument(
@@ -39,6 +36,12 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--json", type=Path, help="write it all; `eva02-at plan --doctor` reads it")
     args = parser.parse_args(argv)
+    from lightning_modules.doctor.examine import examine
+    from lightning_modules.doctor.finding import as_json, screen, verdict
+    from lightning_modules.models import PRESETS
+
+    if args.preset is not None and args.preset not in PRESETS:
+        raise ValueError(f"--preset {args.preset}: one of {', '.join(PRESETS)}")
     if not args.folder.is_dir():
         raise ValueError(
             f"--folder {args.folder} is no directory; name one where a run would write"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 
@@ -11,6 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_modules.training.monitor.progress import RunProgress
+from lightning_modules.training.runs import ENDED
 
 
 class Terminal(io.StringIO):
@@ -54,6 +56,8 @@ def test_a_file_gets_whole_lines(monkeypatch, tmp_path):
     assert "run: Model, 0.0 M parameters, 1 process on cpu" in told
     assert "validated after step 3" in told and "val/map_avg 0.00" in told
     assert f"--run_dir={tmp_path / 'run'}" in told.splitlines()[-1]
+    ended = json.loads((tmp_path / "run" / ENDED).read_text())
+    assert ended == {"step": 6, "max_steps": -1, "max_epochs": 2}
 
 
 def test_steps_count_as_the_optimiser_does(monkeypatch, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import shutil
 import sys
@@ -11,6 +13,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from datamodules.files import write_atomically
+from lightning_modules.training.runs import ENDED
+
+log = logging.getLogger(__name__)
 
 
 class RunProgress(Callback):
@@ -95,8 +102,18 @@ class RunProgress(Callback):
             self._say(f"validated after step {trainer.global_step:,} in {seconds:.0f} s: {told}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where the run stands and what may come next."""
+        """Say where the run stands and what may come next, and keep it for `eva02-at runs`."""
         run = Path(trainer.default_root_dir)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            ended = {
+                "step": trainer.global_step,
+                "max_steps": trainer.max_steps,
+                "max_epochs": trainer.max_epochs,
+            }
+            try:
+                write_atomically(run / ENDED, json.dumps(ended) + "\n")
+            except OSError as error:
+                log.warning("%s could not be written: %s", run / ENDED, error)
         self._say(
             f"trained to step {trainer.global_step:,}, epoch {trainer.current_epoch}. "
             f"Curves: {run / 'logs' / 'metrics.csv'}. "

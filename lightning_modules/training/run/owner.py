@@ -171,6 +171,11 @@ class RunOwnership:
         beat, owner = self._read(number) if number else (_RELEASED, None)
         return None if beat == _RELEASED or owner is None or owner.lives() is False else owner
 
+    def was_released(self) -> bool:
+        """Whether the last owner gave the run back, or there never was one."""
+        number = self._highest() if self.folder.is_dir() else 0
+        return not number or self._read(number)[0] == _RELEASED
+
     def beat(self) -> bool:
         """Give a sign of life; False once another process has taken the run.
 
