@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import sys
 from pathlib import Path
 
@@ -183,3 +184,72 @@ def test_imports_point_one_way(path: Path):
 )
 def test_each_forbidden_edge_is_seen(module: str, line: str):
     assert len(forbidden_edges(line, module)) == 1
+
+
+def at_import(body: list[ast.stmt]) -> set[str]:
+    """Names imported when a module is: not within functions, not for type checkers alone."""
+    names: set[str] = set()
+    for node in body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            for part in ("orelse",) if for_types else ("body", "handlers", "orelse", "finalbody"):
+                names |= at_import(getattr(node, part, []))
+    return names
+
+
+def circle(sources: dict[str, str]) -> list[str]:
+    """Modules that need each other to be imported, in turn; none in a sound tree.
+
+    A module also needs the packages it lies in, unless its importer lies there too.
+    """
+    graph: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        needed = set()
+        for name in at_import(ast.parse(source).body):
+            parts = name.split(".")
+            needed |= {".".join(parts[:k]) for k in range(1, len(parts) + 1)}
+        outside = {name for name in needed if not f"{module}.".startswith(f"{name}.")}
+        graph[module] = outside & set(sources)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+SOURCES = {module_name(path): path.read_text() for path in FILES}
+
+
+def test_no_circle_of_imports():
+    assert circle(SOURCES) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("datamodules.files", "from datamodules.manifest import ClipRecord"),
+        ("lightning_modules.models.config", "import lightning_modules.models.dual_encoder"),
+        ("lightning_modules.evaluation.interface", "import lightning_modules.base"),
+        # the package's own file imports what lies in it
+        ("lightning_modules.losses.gather", "from lightning_modules.losses.margin import x"),
+        ("datamodules.files", "try:\n    from datamodules import manifest\nexcept OSError: ..."),
+    ],
+)
+def test_a_planted_circle_is_seen(module: str, line: str):
+    found = circle({**SOURCES, module: f"{line}\n{SOURCES[module]}"})
+    assert module in found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "def f():\n    from datamodules.manifest import ClipRecord",
+        "if TYPE_CHECKING:\n    from datamodules.manifest import ClipRecord",
+    ],
+)
+def test_what_is_imported_later_makes_no_circle(line: str):
+    assert circle({**SOURCES, "datamodules.files": f"{line}\n{SOURCES['datamodules.files']}"}) == []
