@@ -6,7 +6,7 @@ LOCK ?= requirements.lock
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint docs lock clean
+.PHONY: demo test gpu lint docs lock clean
 
 demo: $(READY)
 	$(BIN)/eva02-at demo
@@ -14,6 +14,11 @@ demo: $(READY)
 # Two at a time, a file each: much of the suite waits for processes that it starts.
 test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# On a machine with a GPU, with whatever Python there has torch; no network (docs/gpu.md).
+GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
+gpu:
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m lightning_modules.cli.main bench gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ BENCHES = {
     "kernels": "rotation, attention and encoder block against the field's formulation",
     "data": "reading and decoding clips",
     "eval": "mAP and nDCG against full sorts in numpy",
+    "gpu": "all that only a GPU can show, in ten minutes (`make gpu`)",
     "loss": "retrieval losses against the (2*B*B, 1) formulation",
     "search": "growing, opening and asking an index of windows",
     "step": "a training step against one written as AVION's users run it",
