@@ -226,10 +226,14 @@ class StreamDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint's position, on any number of ranks.
 
+        For training alone: an evaluation needs neither the position nor the training's shards.
+
         Raises:
             ValueError: The data, the seed or the batch is not the checkpoint's, so that the order
                 would be another one.
         """
+        if self.trainer is not None and self.trainer.state.fn not in (None, "fit"):
+            return
         mine = self._identity()
         changed = [key for key in mine if state_dict.get(key) != mine[key]]
         if changed and not self.accept_changed_data:

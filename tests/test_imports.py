@@ -46,6 +46,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "lightning_modules.training.run.private",
     ),
     "lightning_modules.training.run": (
+        "datamodules.files",
         "lightning_modules.checkpoints.plain_data",
         "lightning_modules.training.monitor.csv_log",
         "lightning_modules.training.optim",

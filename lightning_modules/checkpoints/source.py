@@ -1,8 +1,9 @@
 """What a path given as a checkpoint is: a file, a run, a checkpoint of a run, a DeepSpeed folder.
 
-RUN/config.yaml                          the resolved recipe: says which model it is
+RUN/config.yaml                          the resolved recipe of the last `fit`
 RUN/checkpoints/step-00000400/           complete where its manifest is there and fits
   state                                  a Lightning file, or a folder of DeepSpeed's
+  config.yaml                            the recipe it was trained with: says which model it is
   ema.safetensors                        the average of the weights, if the run keeps one
 """
 
@@ -85,6 +86,22 @@ class CheckpointSource:
             return unwrap(state)
         except ValueError as error:
             raise ValueError(f"checkpoint {self.path}: {error}") from None
+
+    def read_module(self) -> dict[str, Tensor] | None:
+        """Read the whole state of the LightningModule that was trained, as `read` does.
+
+        None where the file is of another kind: published weights, a converted model.
+
+        Raises:
+            ValueError: damaged or unsafe.
+        """
+        self._verify(self.data)
+        if self.data.is_dir():
+            return consolidate(self.data) if self.manifest is not None else None
+        state = read_checkpoint(self.data)
+        if isinstance(state, Mapping) and _LIGHTNING in state:
+            return dict(state["state_dict"])
+        return None
 
     def _verify(self, data: Path) -> None:
         """Compare what is about to be read with what was written."""
@@ -207,8 +224,8 @@ def _deepspeed_folder(path: Path) -> Path | None:
 
 
 def _recipe_of(path: Path) -> Path | None:
-    """The run's resolved recipe: RUN/config.yaml, at most three folders up."""
-    for folder in list(path.resolve().parents)[:3]:
+    """The resolved recipe: the checkpoint's own, else the run's, at most three folders up."""
+    for folder in (path, *list(path.resolve().parents)[:3]):
         if has_model_section(folder / "config.yaml"):
             return folder / "config.yaml"
     return None

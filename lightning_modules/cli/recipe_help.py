@@ -92,6 +92,13 @@ SECTIONS: dict[str, tuple[Section, ...]] = {
             ("every_n_steps", "every_minutes", "keep_last", "keep_best", "monitor"),
         ),
         Section(
+            "a recipe that has changed since",
+            "--settings.",
+            ("lightning_modules/training/run/settings.py",),
+            ("SameSettings",),
+            ("on_change",),
+        ),
+        Section(
             "losses that are not finite",
             "--finite.",
             ("lightning_modules/training/monitor/health.py",),

@@ -22,13 +22,13 @@ class Probe:
     """A trained model on the demo world's test split.
 
     Args:
-        run_dir: The run whose `config.yaml` describes the model.
+        run_dir: The run that was tested; its `test.yaml` describes the model.
         checkpoint: Its checkpoint.
         data: The retrieval DataModule.
     """
 
     def __init__(self, run_dir: Path, checkpoint: Path, data: StreamDataModule) -> None:
-        self.loaded = load_model(checkpoint, config=run_dir / "config.yaml")
+        self.loaded = load_model(checkpoint, config=run_dir / "test.yaml")
         clips, _ = data.test_dataloader()
         batches = list(clips)
         keep = [batch.mask for batch in batches]

@@ -32,6 +32,7 @@ from lightning_modules.training.run.checkpointing import SafeCheckpoints
 from lightning_modules.training.run.ownership import RunOwner
 from lightning_modules.training.run.private import option_names
 from lightning_modules.training.run.seeding import StepSeed
+from lightning_modules.training.run.settings import SameSettings
 from lightning_modules.training.run.watchdog import StallWatchdog
 
 
@@ -82,6 +83,7 @@ class RecipeParser(lightning_cli.LightningArgumentParser):
 RUN_CALLBACKS = {
     "owner": RunOwner,
     "checkpoints": SafeCheckpoints,
+    "settings": SameSettings,
     "finite": FiniteGuard,
     "watchdog": StallWatchdog,
     "random": StepSeed,

@@ -54,8 +54,15 @@ CONTINUATIONS = {
 }
 
 
-@pytest.mark.parametrize("more", CONTINUATIONS)
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize(
+    ("end", "more"),
+    [
+        # each end once and each continuation twice; all of them in the long form
+        pytest.param(end, more, marks=[] if (i + j) % 3 == 0 else pytest.mark.slow)
+        for i, end in enumerate(ENDS)
+        for j, more in enumerate(CONTINUATIONS)
+    ],
+)
 def test_a_run_goes_on_exactly_after_every_end(zygote, tmp_path, oracle, end, more):
     first = run(zygote, tmp_path, world=1, **REAL, **{**CONSTANT, **ENDS[end]})
     assert first.codes == [85 if end == "a signal" else 0], first.text()

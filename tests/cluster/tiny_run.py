@@ -29,6 +29,7 @@ from lightning_modules.training.optim.optimizers import OptimizerConfig, configu
 from lightning_modules.training.run.checkpointing import SafeCheckpoints
 from lightning_modules.training.run.ownership import RunOwner
 from lightning_modules.training.run.seeding import StepSeed
+from lightning_modules.training.run.settings import SameSettings
 from lightning_modules.training.run.signals import EXIT_REQUEUE, RunStopped
 from lightning_modules.training.run.strategies import ZeroStrategy
 from lightning_modules.training.run.watchdog import StallWatchdog
@@ -225,6 +226,7 @@ def main(
     clip: float = 0.3,
     trainer_options: dict | None = None,
     owner: dict | None = None,
+    on_change: str = "extend",
 ) -> int:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -235,7 +237,8 @@ def main(
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     safe = SafeCheckpoints(**{"every_n_steps": 1, "keep_last": 3, **(checkpoints or {})})
-    callbacks = [RunOwner(**(owner or {})), StepSeed(seed=5), safe, Trouble(**(trouble or {}))]
+    callbacks = [RunOwner(**(owner or {})), StepSeed(seed=5), safe, SameSettings(on_change)]
+    callbacks += [Trouble(**(trouble or {}))]
     callbacks += [WeightAverage(decay=0.5)] if ema else []
     callbacks += [FiniteGuard(**(guard or {}))]
     callbacks += [StallWatchdog(stall_s)] if stall_s else []

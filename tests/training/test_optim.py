@@ -14,7 +14,7 @@ from lightning_modules.training.optim.optimizers import (
     parameter_groups,
     total_optimizer_steps,
 )
-from lightning_modules.training.optim.schedules import learning_rate_factor
+from lightning_modules.training.optim.schedules import LearningRateFactor
 
 
 class Towers(nn.Module):
@@ -78,7 +78,7 @@ def test_frozen_parameters_are_left_out():
 
 
 def test_cosine_with_warm_up_goes_through_its_three_corners():
-    factor = learning_rate_factor(
+    factor = LearningRateFactor(
         schedule="cosine", total_steps=110, warmup_steps=10, start_factor=0.05, end_factor=0.1
     )
     assert factor(0) == pytest.approx(0.05)
@@ -90,7 +90,7 @@ def test_cosine_with_warm_up_goes_through_its_three_corners():
 
 
 def test_constant_schedule_stays_at_the_peak():
-    factor = learning_rate_factor(
+    factor = LearningRateFactor(
         schedule="constant", total_steps=1, warmup_steps=2, start_factor=0.0, end_factor=0.0
     )
     assert [factor(s) for s in (0, 1, 2, 10**6)] == [0.0, 0.5, 1.0, 1.0]
@@ -98,7 +98,7 @@ def test_constant_schedule_stays_at_the_peak():
 
 def test_a_warm_up_as_long_as_the_run_is_refused():
     with pytest.raises(ValueError, match="shorten the warm-up"):
-        learning_rate_factor(
+        LearningRateFactor(
             schedule="cosine", total_steps=10, warmup_steps=10, start_factor=0, end_factor=0
         )
 

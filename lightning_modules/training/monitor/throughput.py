@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_modules.models import DualEncoder
 from lightning_modules.training.monitor.flops import pair_flops, peak_tflops
+from lightning_modules.training.run.private import gradients_pending
 
 
 class ThroughputMonitor(Callback):
@@ -26,7 +27,8 @@ class ThroughputMonitor(Callback):
     def __init__(self) -> None:
         self._window_start = self._batch_end = time.perf_counter()
         self._waited_s = 0.0
-        self._clips = self._steps = 0
+        self._clips = 0
+        self._lr = 0.0  # of the step in progress: by its end the schedule has gone on
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the first window."""
@@ -41,14 +43,15 @@ class ThroughputMonitor(Callback):
     ) -> None:
         """The batch has come: what has passed since the last one's end was waiting."""
         self._waited_s += time.perf_counter() - self._batch_end
+        self._lr = max(group["lr"] for group in trainer.optimizers[0].param_groups)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch; log at the end of a window."""
+        """Count the batch; log where the loggers write a row, at the end of a whole step."""
         self._clips += len(batch) * trainer.world_size
-        self._steps += 1
-        if self._steps >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and not gradients_pending(trainer) and trainer.global_step % every == 0:
             figures = self._figures(trainer, pl_module, batch)
             pl_module.log_dict({f"speed/{k}": v for k, v in figures.items()}, batch_size=1)
             pl_module.log(
@@ -65,7 +68,7 @@ class ThroughputMonitor(Callback):
             "clips_per_s": self._clips / seconds,
             "data_wait": self._waited_s / seconds,
             "memory_gib": _peak_memory_bytes() / 2**30,
-            "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),
+            "lr": self._lr,
         }
         model = getattr(pl_module, "model", None)
         if isinstance(model, DualEncoder):
@@ -81,7 +84,7 @@ class ThroughputMonitor(Callback):
     def _reset(self) -> None:
         self._window_start = self._batch_end = time.perf_counter()
         self._waited_s = 0.0
-        self._clips = self._steps = 0
+        self._clips = 0
 
 
 def _peak_memory_bytes() -> float:

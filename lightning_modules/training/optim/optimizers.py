@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -15,7 +15,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_modules.training.optim.lamb import Lamb
-from lightning_modules.training.optim.schedules import learning_rate_factor
+from lightning_modules.training.optim.schedules import LearningRateFactor
 
 
 @dataclass
@@ -135,7 +135,7 @@ def build_optimizers(
         optimizer = Lamb(groups, **options, sharded=sharded)
     else:
         optimizer = AdamW(groups, **options, fused=torch.cuda.is_available())
-    factor = learning_rate_factor(
+    factor = LearningRateFactor(
         schedule=config.schedule,
         total_steps=total_steps,
         warmup_steps=config.warmup_steps or round(config.warmup_epochs * steps_per_epoch),
@@ -156,6 +156,8 @@ def configure_optimizers(
     and so break an exact resume (Lightning issue 20550).
     """
     trainer = module.trainer
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a few batches have no room for a schedule
+        config = replace(config, schedule="constant", warmup_epochs=0.0, warmup_steps=0)
     per_epoch = optimizer_steps_per_epoch(trainer)
     return build_optimizers(
         model,

@@ -5,6 +5,7 @@
       step-00000400/
         manifest.json           files, sizes, SHA-256, step, world size ...: written last
         state ...               what the strategy wrote: one file, or a DeepSpeed directory
+        config.yaml             the recipe that it was trained with
       .tmp-1-step-00000500/     being written, or left over from a process that died
       .replaced-step-00000400/  one of the same step, until the new one is in its place
 
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST, LATEST, STATE, UNIVERSAL = "manifest.json", "latest", "state", "universal"
+RECIPE = "config.yaml"  # the resolved recipe, in a run's folder and in each checkpoint
 FOLDER_KEY = "eva02_at_folder"  # tells callbacks which checkpoint folder was loaded
 _TEMPORARY, _TRASH, _REPLACED = ".tmp-", ".trash-", ".replaced-"
 

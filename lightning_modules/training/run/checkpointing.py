@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from datamodules.files import write_atomically
 from lightning_modules.training.monitor.csv_log import AppendingCSVLogger
 from lightning_modules.training.optim.ema import (
     EMA_FILE,
@@ -22,12 +23,13 @@ from lightning_modules.training.optim.ema import (
 )
 from lightning_modules.training.run.agreement import Ranks, run_ranks
 from lightning_modules.training.run.checkpoint_store import (
+    RECIPE,
     STATE,
     CheckpointFolder,
     Manifest,
     checkpoint_name,
 )
-from lightning_modules.training.run.loop_state import Progress, settle_validation
+from lightning_modules.training.run.loop_state import Progress, is_trial, settle_validation
 from lightning_modules.training.run.ownership import RunOwner, RunTakenOver
 from lightning_modules.training.run.private import (
     dump_checkpoint,
@@ -67,7 +69,12 @@ class SafeCheckpoints(Checkpoint):
             process needs memory for one copy of what it writes: under ZeRO its share of the
             optimiser state, otherwise rank 0 the whole state. The next checkpoint, a stop and the
             end of the run wait for the one under way.
+
+    Attributes:
+        recipe: The resolved recipe as YAML, kept in the run's folder and in each checkpoint.
     """
+
+    recipe: str | None = None
 
     def __init__(
         self,
@@ -106,6 +113,9 @@ class SafeCheckpoints(Checkpoint):
             trainer.strategy.checkpoint_io = PlainCheckpointIO()
         if stage != "fit":
             return
+        if is_trial(trainer):
+            self.flag.restore()
+            return
         self._ranks = run_ranks()
         root = self.dirpath or Path(trainer.default_root_dir) / "checkpoints"
         self._owner = next((c for c in trainer.callbacks if isinstance(c, RunOwner)), None)  # type: ignore[attr-defined]
@@ -122,18 +132,31 @@ class SafeCheckpoints(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Put Lightning's loops where the checkpoint's progress says, before they are restored."""
-        if trainer.state.fn == "fit" and (progress := Progress.of(checkpoint)) is not None:
+        if trainer.state.fn != "fit":
+            return
+        if (progress := Progress.of(checkpoint)) is not None:
             progress.place(trainer, checkpoint["loops"])
             self._progress = progress
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The resumed step needs no checkpoint of its own; what comes after it is done again."""
+        if is_trial(trainer):
+            return
         if self._progress is not None:
             settle_validation(trainer, self._progress)
         self._saved = self._progress
+        if self.recipe is not None and self._ranks.rank == 0:
+            self._keep_recipe(Path(trainer.default_root_dir) / RECIPE)
         for logger in trainer.loggers:
             if isinstance(logger, AppendingCSVLogger):
                 logger.resume_at(trainer.global_step)
+
+    def _keep_recipe(self, path: Path) -> None:
+        """The run's configuration is that of what trains; each checkpoint has its own beside it."""
+        try:
+            write_atomically(path, str(self.recipe))
+        except OSError as error:
+            log.warning("%s NOT written: %s", path, error)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back, unless the process is about to end because of one."""
@@ -164,7 +187,7 @@ class SafeCheckpoints(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After an optimiser step: agree, save if one is due, stop if asked to."""
-        if gradients_pending(trainer):
+        if gradients_pending(trainer) or is_trial(trainer):
             return
         done = Progress.after_batch(trainer)
         self._progress = replace(done, validation_due=validation_due(trainer))
@@ -185,13 +208,14 @@ class SafeCheckpoints(Checkpoint):
         dataloader_idx: int = 0,
     ) -> None:
         """Stop within a validation; the resumed run repeats the whole validation."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._agree(trainer)[0]:
+        if self._is_validating(trainer) and self._agree(trainer)[0]:
             self._stop(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save with the metrics of this validation."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking or self._progress is None:
+        if not self._is_validating(trainer) or self._progress is None:
             return
+        self._name_unknown_monitor(trainer)
         self._progress = replace(self._progress, validation_due=False)
         if self.after_validation:
             self._saved = None
@@ -199,7 +223,26 @@ class SafeCheckpoints(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step."""
-        self._save_and_wait(trainer)
+        if not is_trial(trainer):
+            self._save_and_wait(trainer)
+
+    def _is_validating(self, trainer: Trainer) -> bool:
+        """A validation within a run, of which something is kept."""
+        return trainer.state.fn == "fit" and not trainer.sanity_checking and not is_trial(trainer)
+
+    def _name_unknown_monitor(self, trainer: Trainer) -> None:
+        _, keep_best, monitor, _ = self.keep
+        if monitor is None or keep_best <= 0 or monitor in trainer.callback_metrics:
+            return
+        self.keep = (*self.keep[:2], None, self.keep[3])
+        if self._ranks.rank == 0:
+            known = ", ".join(sorted(trainer.callback_metrics))
+            log.warning(
+                "checkpoints.monitor is %r, which this run does not log (it logs %s); no "
+                "checkpoint is kept as the best",
+                monitor,
+                known,
+            )
 
     def _agree(self, trainer: Trainer) -> tuple[bool, bool]:
         """Whether to stop and whether a checkpoint is late; a write that is done goes on."""
@@ -302,7 +345,13 @@ class SafeCheckpoints(Checkpoint):
             pieces = [Piece(path, host_copy(state), torch.save) for path, state in states]
             if ranks.rank == 0:
                 pieces += [Piece(folder / EMA_FILE, host_copy(w), save_average) for w in whole]
+                if self.recipe is not None:
+                    pieces.append(Piece(folder / RECIPE, self.recipe, _write_text))
         return pieces
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text)
 
 
 def refuse_poison(module: LightningModule) -> None:

@@ -124,3 +124,8 @@ def settle_validation(trainer: Trainer, progress: Progress) -> None:
         for scope in (batches.total, batches.current):
             scope.completed = scope.processed - 1
         trainer.fit_loop.reset()
+
+
+def is_trial(trainer: Trainer) -> bool:
+    """A `fast_dev_run` or `overfit_batches`: it leaves nothing and goes on from nothing."""
+    return bool(trainer.fast_dev_run) or trainer.overfit_batches > 0  # type: ignore[attr-defined]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
-from collections.abc import Callable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_modules.training.run.agreement import run_ranks
+from lightning_modules.training.run.loop_state import is_trial
 from lightning_modules.training.run.owner import RunInUse, RunOwnership
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,6 @@ class RunOwner(Callback):
                 f"beat_s is {beat_s} and lost_s {lost_s}; lost_s must be at least three beats"
             )
         self.beat_s, self.lost_s = beat_s, lost_s
-        self.once_taken: Callable[[], None] = lambda: None  # on rank 0: the first write
         self.number = 0  # of this owner, on all ranks
         self.lost = False  # another has taken over: known to rank 0
         self._ownership: RunOwnership | None = None
@@ -45,7 +44,7 @@ class RunOwner(Callback):
         Raises:
             RunInUse: It is another's; on all ranks, so that none is left waiting.
         """
-        if stage != "fit":
+        if stage != "fit" or is_trial(trainer):
             return
         ranks, refused = run_ranks(), None
         with ranks.together(f"taking {trainer.default_root_dir}"):
@@ -67,7 +66,6 @@ class RunOwner(Callback):
         self._done.clear()
         threading.Thread(target=self._keep, args=(ownership,), daemon=True).start()
         atexit.register(self.release)
-        self.once_taken()
 
     def _keep(self, ownership: RunOwnership) -> None:
         told = False
