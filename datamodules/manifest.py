@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -25,9 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.files import write_atomically
+from datamodules.manifest_rules import check_record as check_record
 from datamodules.manifest_rules import manifest_fault
 from datamodules.manifest_rules import name_fault as name_fault
 from datamodules.stream.cache import FileCache
+from datamodules.stream.retry import StorageUnavailable
 from datamodules.stream.stores import check_location, is_remote, join, read_bytes, scheme_of
 
 FORMAT = "eva02-at-shards-1"
@@ -71,40 +72,6 @@ class ClipRecord:
     texts: tuple[str, ...]
     verb_classes: tuple[int, ...] = ()
     noun_classes: tuple[int, ...] = ()
-
-
-def check_record(record: ClipRecord, may_be_silent: bool = False) -> ClipRecord:
-    """Refuse what a loader, a tokenizer or a tensor would choke on later.
-
-    Args:
-        record: What was read from somewhere.
-        may_be_silent: A blank text is allowed.
-
-    Returns:
-        The same record.
-
-    Raises:
-        ValueError: A name or text is no text, or blank, or cannot be written as UTF-8; a time is
-            not finite; a class id is no integer from 0 to 2^63 - 1.
-    """
-    for name, text in (
-        ("clip id", record.clip_id),
-        ("video id", record.video_id),
-        *(("text", text) for text in record.texts or (None,)),
-    ):
-        if not isinstance(text, str):
-            raise ValueError(f"its {name} is missing")
-        if not (text.strip() or (name == "text" and may_be_silent)):
-            raise ValueError(f"its {name} is blank")
-        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(f"its {name} {text!r:.200} is no valid Unicode")
-    for time_s in (record.start_s, record.end_s):
-        if not isinstance(time_s, int | float) or not math.isfinite(time_s):
-            raise ValueError(f"its span {record.start_s!r}-{record.end_s!r} is no two times")
-    for number in (*record.verb_classes, *record.noun_classes):
-        if type(number) is not int or not 0 <= number < 2**63:
-            raise ValueError(f"class id {number!r:.100} is no integer from 0 to 2^63 - 1")
-    return record
 
 
 def record_from_json(values: dict[str, Any]) -> ClipRecord:
@@ -318,6 +285,8 @@ class Manifest:
             root, place = place, str(Path(place) / MANIFEST_NAME)
         try:
             content = json.loads(read_bytes(place))
+        except StorageUnavailable:
+            raise
         except OSError as error:
             raise ValueError(
                 f"no manifest at {place} ({error}); `eva02-at shards build` writes one"
@@ -358,6 +327,8 @@ class Manifest:
                     data = file.read()
             else:
                 data = read_bytes(where)
+        except StorageUnavailable:
+            raise
         except OSError as error:
             raise ValueError(f"cannot read {where}: {error}") from error
         if hashlib.sha256(data).hexdigest() != shard.index_sha256:

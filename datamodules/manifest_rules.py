@@ -1,9 +1,16 @@
-"""What a manifest must look like: it comes from a network, and its names become paths and URLs."""
+"""What a manifest and its records must look like.
+
+A manifest comes from a network, and its names become paths and URLs.
+"""
 
 from __future__ import annotations
 
+import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datamodules.manifest import ClipRecord
 
 _NAME = re.compile(r"[\w +,.=@%-]+(/[\w +,.=@%-]+)*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -61,3 +68,37 @@ def _shard_fault(shard: Any) -> str | None:
         if not isinstance(shard[key], str) or not _SHA256.fullmatch(shard[key]):
             return f"{key} {shard[key]!r:.100} is no SHA-256 in 64 hexadecimal digits"
     return None
+
+
+def check_record(record: ClipRecord, may_be_silent: bool = False) -> ClipRecord:
+    """Refuse what a loader, a tokenizer or a tensor would choke on later.
+
+    Args:
+        record: What was read from somewhere.
+        may_be_silent: A blank text is allowed.
+
+    Returns:
+        The same record.
+
+    Raises:
+        ValueError: A name or text is no text, or blank, or cannot be written as UTF-8; a time is
+            not finite; a class id is no integer from 0 to 2^63 - 1.
+    """
+    for name, text in (
+        ("clip id", record.clip_id),
+        ("video id", record.video_id),
+        *(("text", text) for text in record.texts or (None,)),
+    ):
+        if not isinstance(text, str):
+            raise ValueError(f"its {name} is missing")
+        if not (text.strip() or (name == "text" and may_be_silent)):
+            raise ValueError(f"its {name} is blank")
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"its {name} {text!r:.200} is no valid Unicode")
+    for time_s in (record.start_s, record.end_s):
+        if not isinstance(time_s, int | float) or not math.isfinite(time_s):
+            raise ValueError(f"its span {record.start_s!r}-{record.end_s!r} is no two times")
+    for number in (*record.verb_classes, *record.noun_classes):
+        if type(number) is not int or not 0 <= number < 2**63:
+            raise ValueError(f"class id {number!r:.100} is no integer from 0 to 2^63 - 1")
+    return record

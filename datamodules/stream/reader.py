@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from datamodules.files import open_plain_file
 from datamodules.manifest import ClipRecord, Manifest, Shard, ShardIndex, WrongManifest
 from datamodules.stream.cache import FileCache
+from datamodules.stream.retry import StorageUnavailable
 from datamodules.stream.stores import is_remote, local_path
 from datamodules.video.decode import DamagedSample
 
@@ -195,8 +196,9 @@ class SampleReader:
         try:
             index = manifest.load_index(local, self.cache)
             descriptor = self._open_tar(manifest, manifest.shards[local])
-        except WrongManifest:
-            raise  # nothing is damaged, but the order of samples rests on wrong numbers
+        except (WrongManifest, StorageUnavailable):
+            # nothing is damaged: the order of samples rests on wrong numbers, or the store is away
+            raise
         except (OSError, ValueError) as error:
             # not tried again for each of its samples: a remote one has had its retries
             self._given_up[number] = f"unreadable: {error}"

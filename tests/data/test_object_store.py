@@ -11,6 +11,8 @@ from gloo_ranks import run_ranks
 
 from datamodules.manifest import Manifest
 from datamodules.pretrain import PretrainDataModule
+from datamodules.stream.cache import FileCache
+from datamodules.stream.reader import Corpus, SampleReader
 from datamodules.stream.retry import Retry, StorageUnavailable
 from datamodules.stream.stores import Fetcher, read_bytes
 
@@ -28,6 +30,7 @@ def credentials(monkeypatch):
 def store(credentials, monkeypatch):
     store = FaultyStore()
     monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)  # as for any store that is not Amazon's
+    s3fs.S3FileSystem.clear_instance_cache()  # which knows another test's address
     yield store
     store.stop()
 
@@ -81,6 +84,16 @@ def test_a_store_that_stays_away_ends_with_its_name(store, shards, tmp_path):
         impatient.copy(place, tmp_path / "x")
     store.start()
     impatient.copy(place, tmp_path / "x")
+    manifest = Manifest.load(place)
+    cache = FileCache(tmp_path / "cache", 10**9, impatient)
+    reader = SampleReader(Corpus((manifest,), (1.0,)), cache)
+    assert reader.read(0, 0).key
+    store.stop()
+    # not a damaged sample, which would be replaced by another
+    with pytest.raises(StorageUnavailable):
+        reader.read(1, 0)
+    store.start()
+    assert reader.read(1, 0).key  # nothing was given up
     assert (tmp_path / "x").read_bytes() == (shards / "manifest.json").read_bytes()
 
 
