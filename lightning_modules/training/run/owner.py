@@ -31,7 +31,9 @@ _RELEASED = b"released    "
 _BEAT_BYTES = len(_RELEASED)
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 # States of a job whose processes may still be there.
-_ALIVE = {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"}
+LIVING_STATES = frozenset(
+    {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"}
+)
 
 
 class RunInUse(ValueError):
@@ -95,7 +97,7 @@ class Owner:
         if not self.job or self.job == job:
             return None
         state = job_state(self.job)
-        return False if state is not None and state not in _ALIVE else None
+        return False if state is not None and state not in LIVING_STATES else None
 
 
 def _machine() -> str:
