@@ -77,6 +77,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "lightning_modules.pages": (),
     "lightning_modules.sweep": (
+        "lightning_modules.evaluation.intervals",
         "datamodules.files",
         "lightning_modules.checkpoints",
         "lightning_modules.packaged",

@@ -9,13 +9,13 @@ import re
 import numpy as np
 import pytest
 
+from lightning_modules.evaluation.intervals import bootstrap
 from lightning_modules.sweep.page import sweep_page, ticks
 from lightning_modules.sweep.plan import Cell
 from lightning_modules.sweep.table import (
     Entry,
     Figure,
     Table,
-    bootstrap,
     column_names,
     csv_text,
     figures_of,
