@@ -13,6 +13,7 @@ from datamodules.files import write_atomically
 from lightning_modules.packaged import with_recipe_paths
 from lightning_modules.planning.costs import ClusterConfig
 from lightning_modules.planning.plan import describe, make_plan
+from lightning_modules.planning.store import StoreConfig
 from lightning_modules.training.recipe import build_cli
 
 # the recipe is only read: nothing of this machine may matter
@@ -39,6 +40,11 @@ def _parser() -> jsonargparse.ArgumentParser:
         "--doctor",
         help="what `eva02-at doctor --json` wrote on the cluster: measured instead of assumed",
     )
+    parser.add_argument(
+        "--store",
+        type=StoreConfig | None,
+        help="shards in an object store: bytes, requests and waiting of an epoch",
+    )
     parser.add_argument("--json", type=str | None, help="write the plan to this file as well")
     return parser
 
@@ -64,8 +70,8 @@ def main(argv: list[str]) -> int:
     configs = [word for path in given.config for word in ("--config", path)]
     with torch.device("meta"):
         cli = build_cli([*configs, *(w for w in argv if _is_recipe_word(w)), *_HERE])
-    cluster = parser.instantiate_classes(given).cluster
-    plan = make_plan(cli, cluster, given.clips, given.epochs)
+    made = parser.instantiate_classes(given)
+    plan = make_plan(cli, made.cluster, given.clips, given.epochs, made.store)
     print(describe(plan))
     if given.json:
         write_atomically(Path(given.json), json.dumps(plan, indent=2) + "\n")

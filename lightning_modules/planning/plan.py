@@ -16,6 +16,7 @@ from lightning_modules.planning.costs import (
     model_costs,
     plan_option,
 )
+from lightning_modules.planning.store import StoreConfig, describe_store, plan_store
 from lightning_modules.training.recipe import RecipeCLI
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
@@ -63,9 +64,20 @@ def _activation_precision(strategy: str, precision: str) -> str:
 
 
 def make_plan(
-    cli: RecipeCLI, cluster: ClusterConfig, clips: int | None, epochs: int | None
+    cli: RecipeCLI,
+    cluster: ClusterConfig,
+    clips: int | None,
+    epochs: int | None,
+    store: StoreConfig | None = None,
 ) -> dict[str, Any]:
     """Compute the plan of a parsed recipe.
+
+    Args:
+        cli: The recipe.
+        cluster: Where it would run.
+        clips: Clips an epoch; what the recipe's manifests say by default.
+        epochs: Instead of the recipe's.
+        store: Where the shards lie, if not on disks of the cluster.
 
     Raises:
         ValueError: The global batch does not divide over the GPUs, or the epoch's length is
@@ -119,12 +131,17 @@ def make_plan(
         "recomputes": model.config.activation_checkpointing,
         "workers": cli.datamodule.num_workers,
     }
-    return {
+    plan = {
         "cluster": asdict(cluster),
         "model": asdict(costs[precision]),
         **summary,
         "options": rows,
     }
+    if store is not None:
+        step_s = min(row["step_s"] for row in rows)
+        shape = per_epoch, batch, cluster.ranks, cluster.gpus_per_node
+        plan["store"] = plan_store(*shape, step_s, cli.datamodule.num_workers, store)
+    return plan
 
 
 def _limit(option: Option) -> str:
@@ -159,6 +176,8 @@ def describe(plan: dict[str, Any]) -> str:
             f"{row['gpu_hours']:10.0f} {row['cost']:7.0f}"
         )
     lines += ["", f"fits: {_advice(plan)}"]
+    if "store" in plan:
+        lines += ["", *describe_store(plan["store"])]
     return "\n".join(lines)
 
 
