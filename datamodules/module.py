@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch.distributed
@@ -22,12 +23,14 @@ from datamodules.stream.clips import (
     TrainStream,
 )
 from datamodules.stream.faults import FaultMonitor
+from datamodules.stream.hung import LIST_NAME, DecodeWatch, HungSamples
 from datamodules.stream.loader import PlaceLoader
 from datamodules.stream.order import StreamOrder
 from datamodules.stream.prefetch import Prefetcher, Upcoming
 from datamodules.stream.reader import Corpus, SampleReader
 from datamodules.stream.stores import is_remote
 from datamodules.video.decode import Decoder
+from datamodules.video.frames import Limits
 
 
 @dataclass
@@ -107,6 +110,10 @@ class StreamDataModule(LightningDataModule):
         accept_changed_data: Resume although the data or the batch size is not the checkpoint's.
         decoder: `auto` (decord where it is installed and the clips are of our making), `decord`,
             `torchcodec` or `pyav`.
+        decode_timeout_s: A sample whose decoding takes longer is named, replaced, and written to
+            `hung_samples.jsonl` in the run's folder, so that later starts do not meet it; needs
+            `num_workers` of at least 1.
+        max_pixels: Clips with larger frames are damaged samples.
         cache_dir: Folder for copies of remote shards; needed if a manifest is a URL.
         cache_gb: How much it may hold.
         prefetch_shards: Remote shards that a node fetches ahead of their use, as far as `cache_gb`
@@ -131,6 +138,8 @@ class StreamDataModule(LightningDataModule):
         max_missing: float = 0.01,
         accept_changed_data: bool = False,
         decoder: Decoder = "auto",
+        decode_timeout_s: float = 60.0,
+        max_pixels: int = Limits.max_pixels,
         cache_dir: str | None = None,
         cache_gb: float = 100.0,
         prefetch_shards: int | None = None,
@@ -138,7 +147,9 @@ class StreamDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.cache = None if cache_dir is None else FileCache(cache_dir, int(cache_gb * 1e9))
-        self.clip_options = ClipOptions(num_frames, image_size, crop_scale, decoder)
+        limits = Limits(max_pixels=max_pixels)
+        self.clip_options = ClipOptions(num_frames, image_size, crop_scale, decoder, limits)
+        self.decode_timeout_s = decode_timeout_s
         self.global_batch_size, self.eval_batch_size = global_batch_size, eval_batch_size
         self.num_workers, self.prefetch, self.seed = num_workers, prefetch, seed
         self.lanes, self.shuffle_window = lanes, shuffle_window
@@ -199,6 +210,7 @@ class StreamDataModule(LightningDataModule):
             self.fault_monitor,
             rank * micro_batches,
             num_parts,
+            self._watch(self.corpus),
         )
         return self._loader(stream, self._train_places, self.batches_per_epoch, reader)
 
@@ -325,6 +337,11 @@ class StreamDataModule(LightningDataModule):
         behind = -(-max(1, self.num_workers) * self.prefetch // self._micro_batches()) + 1
         return Prefetcher(self.corpus, self.cache, upcoming, behind)
 
+    def _watch(self, corpus: Corpus) -> DecodeWatch:
+        run = None if self.trainer is None else Path(self.trainer.default_root_dir)
+        hung = HungSamples(run and run / LIST_NAME, corpus.fingerprint)
+        return DecodeWatch(self.num_workers, self.decode_timeout_s, hung)
+
     def _loader(
         self, dataset: Any, places: Any, length: int, reader: SampleReader | None
     ) -> PlaceLoader:
@@ -336,6 +353,7 @@ class StreamDataModule(LightningDataModule):
             prefetch=self.prefetch,
             monitor=getattr(dataset, "monitor", None),
             describe=None if reader is None else reader.describe,
+            watch=getattr(dataset, "watch", None),
         )
 
     def _eval_loaders(self, split: RetrievalSplit | None) -> list[PlaceLoader]:
@@ -343,7 +361,7 @@ class StreamDataModule(LightningDataModule):
             return []
         reader = SampleReader(Corpus.load([split.manifest], None, self.allow_pipe), self.cache)
         monitor = FaultMonitor(self.num_workers, self.max_fault_rate)
-        clips = EvalClips(reader, self.clip_options, monitor)
+        clips = EvalClips(reader, self.clip_options, monitor, self._watch(reader.corpus))
         sentences = EvalSentences(split.sentences(self.allow_pipe))
         return [self._eval_loader(clips, reader), self._eval_loader(sentences, None)]
 

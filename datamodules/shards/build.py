@@ -34,7 +34,8 @@ from datamodules.shards.plan import BuildPlan
 from datamodules.shards.rejects import REJECTS_NAME, write_rejects
 from datamodules.shards.writer import shard_name
 from datamodules.video.encode import EncodeOptions
-from datamodules.video.workers import Job, run_jobs
+from datamodules.video.frames import Limits
+from datamodules.video.workers import ITEM_LIMIT_S, Job, run_jobs
 
 _ENOUGH_ROWS = 10_000  # of which the share of rejects says something about the rest
 _LOCK_WAIT_S = 2.0
@@ -85,6 +86,7 @@ def build_shards(
     progress: bool = False,
     lost_rows: Sequence[dict[str, Any]] = (),
     max_rejects: float = 1.0,
+    limits: Limits | None = None,
 ) -> BuildReport:
     """Build the shards of a data set, or go on with a build that was stopped.
 
@@ -106,6 +108,7 @@ def build_shards(
         lost_rows: Rejects of the annotations' reader, to be listed with the others.
         max_rejects: Share of rows and clips above which the build ends: before it begins if
             already the sources are missing, else as soon as 10,000 rows show it, or at the end.
+        limits: What a source may declare.
 
     Raises:
         ValueError: No clips, an id twice, a missing video folder, another build in the same
@@ -120,6 +123,7 @@ def build_shards(
         samples_per_shard,
         lost_rows,
         max_rejects,
+        limits or Limits(),
     )
     if num_workers < 1:
         raise ValueError(f"num_workers is {num_workers}; at least 1 is needed")
@@ -142,7 +146,7 @@ def build_shards(
         )
         rejects, rows = list(plan.lost_rows), len(plan.lost_rows)
         with bar:
-            for event in run_jobs(plan.build_shard, todo, num_workers):
+            for event in run_jobs(plan.build_shard, todo, num_workers, ITEM_LIMIT_S):
                 bar.update(event.item is not None)
                 if event.item is None:
                     rejects += event.result

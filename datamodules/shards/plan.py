@@ -10,8 +10,9 @@ from typing import Any
 from datamodules.manifest import ClipRecord
 from datamodules.shards.layouts import Listing, VideoLayout
 from datamodules.shards.rejects import check_rejects
-from datamodules.shards.writer import write_shard
+from datamodules.shards.writer import shard_name, write_shard
 from datamodules.video.encode import EncodedClip, EncodeOptions, encode_clip
+from datamodules.video.frames import Limits
 from datamodules.video.pieces import Piece, RejectedClip
 from datamodules.video.workers import Job
 
@@ -46,6 +47,7 @@ class BuildPlan:
         samples_per_shard: Annotation rows a shard.
         lost_rows: Rejects of the reader: rows of the annotations that are no clips.
         max_rejects: Share of rows and clips that may be rejected.
+        limits: What a source may declare.
 
     Raises:
         ValueError: No clips, an id twice, a missing video folder.
@@ -59,6 +61,7 @@ class BuildPlan:
     samples_per_shard: int
     lost_rows: Sequence[dict[str, Any]] = ()
     max_rejects: float = 1.0
+    limits: Limits = Limits()  # noqa: RUF009 - frozen
     files: Listing = field(default_factory=Listing, repr=False)
 
     def __post_init__(self) -> None:
@@ -133,9 +136,9 @@ class BuildPlan:
         Raises:
             RejectedClip: With the reason.
         """
-        return encode_clip(*self.find(record), self.options)
+        return encode_clip(*self.find(record), self.options, self.limits)
 
-    def build_shard(self, job: Job, begin: Callable[[str], None]) -> list[dict[str, str]]:
+    def build_shard(self, job: Job, begin: Callable[[str | None], None]) -> list[dict[str, str]]:
         """Build one shard, in a child process; returns what is not in it."""
 
         def encode(record: ClipRecord) -> EncodedClip:
@@ -145,4 +148,5 @@ class BuildPlan:
 
         first_row = job.number * self.samples_per_shard
         share = self.share(job.number)
-        return write_shard(self.output, job.number, first_row, share, encode, begin).rejects
+        name = shard_name(job.number)
+        return write_shard(self.output, name, first_row, share, encode, begin).rejects

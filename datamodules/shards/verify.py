@@ -16,8 +16,8 @@ from datamodules.manifest import Manifest, Shard, ShardIndex
 from datamodules.shards.writer import measure
 from datamodules.stream.reader import Corpus, SampleReader
 from datamodules.stream.stores import local_path
-from datamodules.video.decode import DamagedSample, decode_frames
-from datamodules.video.workers import Job, run_jobs
+from datamodules.video.decode import DamagedSample, decode_frames, decoder_of
+from datamodules.video.workers import ITEM_LIMIT_S, Job, run_jobs
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ def verify(
         The faults in the manifest's order; empty if all is well.
     """
 
-    def work(job: Job, begin: Callable[[str], None]) -> list[Fault]:
+    def work(job: Job, begin: Callable[[str | None], None]) -> list[Fault]:
         return _verify_shard(manifest, job.number, job.crashed, decode_every, begin)
 
     found: dict[int, list[Fault]] = {}
     jobs = [Job(number, None) for number in range(len(manifest.shards))]
     with tqdm(total=manifest.num_samples, unit="clip", desc="verify", disable=not progress) as bar:
-        for event in run_jobs(work, jobs, num_workers):
+        for event in run_jobs(work, jobs, num_workers, ITEM_LIMIT_S):
             bar.update(event.item is not None)
             if event.item is None:
                 found[event.job.number] = event.result
@@ -106,10 +106,11 @@ def _verify_shard(
     number: int,
     crashed: dict[str, str],
     decode_every: int,
-    begin: Callable[[str], None],
+    begin: Callable[[str | None], None],
 ) -> list[Fault]:
     shard = manifest.shards[number]
     reader = SampleReader(Corpus((manifest,), (1.0,)))
+    decoder = decoder_of("auto", manifest.options)
     faults = []
     try:
         if measure(local_path(manifest.url(shard.name)))["sha256"] != shard.sha256:
@@ -124,7 +125,7 @@ def _verify_shard(
                 raise DamagedSample(crashed[str(row)])
             sample = reader.read(number, row)
             if decode_every and row % decode_every == 0:
-                decode_frames(sample.video, 4)
+                decode_frames(sample.video, 4, None, decoder)
         except DamagedSample as error:
             faults.append(Fault(number, row, reader.describe(number, row), str(error)))
     return faults

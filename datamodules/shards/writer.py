@@ -28,7 +28,7 @@ def shard_name(number: int) -> str:
 
 def write_shard(
     output: Path,
-    number: int,
+    name: str,
     first_row: int,
     clips: Sequence[ClipRecord],
     encode: Callable[[ClipRecord], EncodedClip],
@@ -40,13 +40,13 @@ def write_shard(
 
     Args:
         output: Folder of the data set.
-        number: The shard's number.
+        name: The tar's, relative to it.
         first_row: Row of the first clip in the annotations; sample keys are row numbers.
         clips: The shard's share of the annotations.
         encode: Makes a clip, or raises `RejectedClip` with the reason.
         on_clip: Called with each clip's id before it is made.
     """
-    target = output / shard_name(number)
+    target = output / name
     temporary = target.with_name(f".{target.name}.tmp")
     rows: list[tuple[int, int, int, int, int]] = []
     keys: list[str] = []
@@ -76,7 +76,7 @@ def write_shard(
         os.fsync(file.fileno())
     index = ShardIndex.from_records(rows, keys, kept, measure(temporary), rejects)
     temporary.replace(target)
-    write_atomically(output / index_name(target.name), index.to_bytes())
+    write_atomically(output / index_name(name), index.to_bytes())
     return index
 
 

@@ -7,6 +7,7 @@ decides what is in it. What is drawn at random (frames, crop, text) is seeded by
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,13 +15,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.batch import ClipBatch, TextBatch, pad_class_ids
 from datamodules.manifest import ClipRecord
 from datamodules.stream.faults import FaultMonitor
+from datamodules.stream.hung import DecodeWatch
 from datamodules.stream.order import EpochOrder, StreamOrder, keyed_hash
 from datamodules.stream.reader import SampleReader
 from datamodules.tokenizer import Tokenizer
@@ -116,6 +117,7 @@ class TrainStream(Dataset):
         monitor: Counts damaged samples.
         part: This rank's first part of each global batch.
         num_parts: Ranks x micro-batches.
+        watch: Knows what is being decoded, and what is not to be.
     """
 
     def __init__(
@@ -127,10 +129,13 @@ class TrainStream(Dataset):
         monitor: FaultMonitor,
         part: int,
         num_parts: int,
+        watch: DecodeWatch | None = None,
     ) -> None:
         self.reader, self.order, self.options = reader, order, options
         self.choose_text, self.monitor = choose_text, monitor
         self.part, self.num_parts = part, num_parts
+        self.watch = watch or DecodeWatch(0, math.inf)
+        self.decoders = _decoders(reader, options)
         self.tokenizer = Tokenizer(pad_to_multiple_of=16)
         self._epoch: EpochOrder | None = None
 
@@ -171,7 +176,10 @@ class TrainStream(Dataset):
         sample = self.reader.read(shard, row)
         narration = self.choose_text(sample.record, generator)
         options = self.options
-        frames = _decode(self.reader, shard, sample.video, options, generator)
+        with self.watch.decoding(shard, row):
+            frames = decode_frames(
+                sample.video, options.num_frames, generator, self.decoders[shard], options.limits
+            )
         height, width = frames.shape[1:3]
         box = random_crop_box(height, width, generator, options.crop_scale)
         return _Item(
@@ -193,10 +201,19 @@ class EvalClips(Dataset):
         reader: Where samples come from.
         options: Frames and size.
         monitor: Counts damaged samples.
+        watch: Knows what is being decoded, and what is not to be.
     """
 
-    def __init__(self, reader: SampleReader, options: ClipOptions, monitor: FaultMonitor) -> None:
+    def __init__(
+        self,
+        reader: SampleReader,
+        options: ClipOptions,
+        monitor: FaultMonitor,
+        watch: DecodeWatch | None = None,
+    ) -> None:
         self.reader, self.options, self.monitor = reader, options, monitor
+        self.watch = watch or DecodeWatch(0, math.inf)
+        self.decoders = _decoders(reader, options)
         self.tokenizer = Tokenizer()
 
     def __len__(self) -> int:
@@ -215,8 +232,11 @@ class EvalClips(Dataset):
             self.monitor.begin(shard, row)
             try:
                 sample = self.reader.read(shard, row)
-                options = self.options
-                frames = _decode(self.reader, shard, sample.video, options, None)
+                options, decoder = self.options, self.decoders[shard]
+                with self.watch.decoding(shard, row):
+                    frames = decode_frames(
+                        sample.video, options.num_frames, None, decoder, options.limits
+                    )
                 video = resize_and_centre_crop(frames, options.image_size)
                 record = sample.record
                 return _Item(video, clip_index, clip_index, record, own_text(record), sample.key)
@@ -229,15 +249,13 @@ class EvalClips(Dataset):
         return _Item(blank, -1, -1, nothing, own_text(nothing), "")
 
 
-def _decode(
-    reader: SampleReader,
-    shard: int,
-    data: bytes,
-    options: ClipOptions,
-    generator: random.Random | None,
-) -> NDArray[np.uint8]:
-    decoder = decoder_of(options.decoder, reader.corpus.shard(shard)[0].options)
-    return decode_frames(data, options.num_frames, generator, decoder, options.limits)
+def _decoders(reader: SampleReader, options: ClipOptions) -> list[Decoder]:
+    """Which decoder serves each shard."""
+    return [
+        decoder
+        for manifest in reader.corpus.manifests
+        for decoder in [decoder_of(options.decoder, manifest.options)] * len(manifest.shards)
+    ]
 
 
 class EvalSentences(Dataset):

@@ -6,7 +6,9 @@ import contextlib
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from torch.utils.data._utils import signal_handling
 
 from datamodules.manifest import WrongManifest
 from datamodules.stream.faults import FaultMonitor
+from datamodules.stream.hung import DecodeWatch
+from datamodules.video.workers import die_with
 
 # Workers share the process group of the trainer. A signal to stop is for the trainer, which still
 # needs batches to reach the step where all ranks agree to stop.
@@ -36,6 +40,7 @@ class PlaceLoader:
         prefetch: Batches that each worker prepares ahead.
         monitor: Knows what a dead worker was doing.
         describe: Names a sample by (shard, row).
+        watch: Ends workers that hang in a sample; their batches are made again without it.
     """
 
     def __init__(
@@ -48,44 +53,75 @@ class PlaceLoader:
         prefetch: int = 2,
         monitor: FaultMonitor | None = None,
         describe: Callable[[int, int], str] | None = None,
+        watch: DecodeWatch | None = None,
     ) -> None:
         self.dataset, self.places, self.length = dataset, places, length
         self.num_workers, self.prefetch = num_workers, prefetch
-        self.monitor, self.describe = monitor, describe
+        self.monitor, self.describe, self.watch = monitor, describe, watch
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[Any]:
+        places = _Places(self.places())
+        generator = None  # as everywhere: the workers' seed comes from the global one
+        while True:
+            batches = self._start(places, generator)
+            try:
+                yield from self._batches(batches, places)
+                return
+            except _WorkersReplaced:
+                # what was asked for is asked for again; the global generator is left alone
+                generator = torch.Generator()
+            finally:
+                _end(batches)
+
+    def _start(self, places: _Places, generator: torch.Generator | None) -> Iterator[Any]:
         loader: DataLoader = DataLoader(
             self.dataset,
-            sampler=self.places(),
+            sampler=places,
             batch_size=None,  # a place is a whole batch
             num_workers=self.num_workers,
             prefetch_factor=self.prefetch if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=heed_the_trainer_alone,
+            worker_init_fn=partial(_begin_worker, os.getpid()),
+            generator=generator,
         )
         with signals_held_back():  # the workers inherit this
             batches = iter(loader)
         if self.num_workers:
             _leave_deaths_to_the_queue()
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except WrongManifest as error:
-                # a worker's comes with its traceback before it; the message is the last line
-                message = str(error).strip().splitlines()[-1]
-                raise WrongManifest(message.partition("WrongManifest: ")[2] or message) from None
-            # a dead worker also breaks the pipe on which it handed over its last batch
-            except (RuntimeError, OSError, EOFError) as error:
-                death = self._death(getattr(batches, "_workers", []))
-                if death is None:
-                    raise  # what a living worker raised explains itself
-                raise RuntimeError(death) from error
-            yield batch
+        return batches
+
+    def _batches(self, batches: Iterator[Any], places: _Places) -> Iterator[Any]:
+        workers = getattr(batches, "_workers", [])
+        with self._watched(workers) as ended:
+            while True:
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                except WrongManifest as error:
+                    # a worker's comes with its traceback before it; the message is the last line
+                    message = str(error).strip().splitlines()[-1]
+                    raise WrongManifest(
+                        message.partition("WrongManifest: ")[2] or message
+                    ) from None
+                # a dead worker also breaks the pipe on which it handed over its last batch
+                except (RuntimeError, OSError, EOFError) as error:
+                    dead = _dead(workers)
+                    if not dead:
+                        raise  # what a living worker raised explains itself
+                    if ended.issuperset(dead):
+                        raise _WorkersReplaced from error
+                    raise RuntimeError(self._death(workers, dead)) from error
+                places.done()
+                yield batch
+
+    def _watched(self, workers: list[Any]) -> contextlib.AbstractContextManager[set[int]]:
+        if self.watch is None or not workers:
+            return contextlib.nullcontext(set())
+        return self.watch.over(workers, self.describe or (lambda shard, row: f"{shard}, {row}"))
 
     def state_dict(self) -> dict[str, Any]:
         """Tell Lightning that this loader resumes; the position itself is the DataModule's."""
@@ -94,21 +130,62 @@ class PlaceLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to load: see `state_dict`."""
 
-    def _death(self, workers: list[Any]) -> str | None:
-        """Say which workers are dead and what they were reading; torch says only that they are."""
+    def _death(self, workers: list[Any], dead: list[int]) -> str:
+        """Say what dead workers were reading; torch says only that they are dead."""
         lines = []
-        for number, process in enumerate(workers):
-            process.join(timeout=0.1)
-            if process.exitcode in (None, 0):
-                continue
+        for number in dead:
             place = None if self.monitor is None else self.monitor.in_work(number)
             sample = "no sample yet"
             if place is not None and self.describe is not None:
                 sample = f"sample {self.describe(*place)}"
-            lines.append(f"loader worker {number} (exit code {process.exitcode}) was at {sample}")
-        if not lines:
-            return None
+            exitcode = workers[number].exitcode
+            lines.append(f"loader worker {number} (exit code {exitcode}) was at {sample}")
         return "; ".join(lines) + ". After exit code -9, the system is short of memory"
+
+
+class _WorkersReplaced(Exception):
+    """Workers were ended because they hung."""
+
+
+class _Places:
+    """Places to visit; those whose batches never came are visited again."""
+
+    def __init__(self, places: Iterable[Any]) -> None:
+        self._rest = iter(places)
+        self._again: deque[Any] = deque()
+        self._asked: deque[Any] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        self._again.extendleft(reversed(self._asked))
+        self._asked.clear()
+        while True:
+            try:
+                place = self._again.popleft() if self._again else next(self._rest)
+            except StopIteration:
+                return
+            self._asked.append(place)
+            yield place
+
+    def done(self) -> None:
+        """The batch of the place that was asked for first has come."""
+        self._asked.popleft()
+
+
+def _dead(workers: list[Any]) -> list[int]:
+    for process in workers:
+        process.join(timeout=0.1)
+    return [number for number, w in enumerate(workers) if w.exitcode not in (None, 0)]
+
+
+def _end(batches: Iterator[Any]) -> None:
+    """End the workers, those that hear nothing as well."""
+    workers = getattr(batches, "_workers", [])
+    if workers:
+        batches._shutdown_workers()  # type: ignore[attr-defined]
+    for process in workers:
+        if process.is_alive():
+            process.kill()
+            process.join()
 
 
 def _leave_deaths_to_the_queue() -> None:
@@ -131,6 +208,11 @@ def signals_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_worker(trainer: int, worker: int) -> None:
+    die_with(trainer)  # also of one that is killed, and also while a decoder hears nothing
+    heed_the_trainer_alone(worker)
 
 
 def heed_the_trainer_alone(worker: int) -> None:

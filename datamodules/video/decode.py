@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from datamodules.video.frames import Limits, Stamps, Video, frame_indices
+from datamodules.video.frames import UNREADABLE, Limits, Stamps, Video, frame_indices
 
 Decoder = Literal["auto", "decord", "torchcodec", "pyav"]
 DECODERS: tuple[Decoder, ...] = ("auto", "decord", "torchcodec", "pyav")
@@ -115,7 +115,7 @@ def _decode_pyav(data: bytes, draw: Any, limits: Limits) -> NDArray[np.uint8]:
     try:
         with Video(data, limits) as video:
             return np.stack(video.at(times_s))
-    except (OSError, ValueError, EOFError, IndexError) as error:  # FFmpeg's errors are OSErrors
+    except UNREADABLE as error:
         raise DamagedSample(f"undecodable: {_last_line(error)}") from error
 
 
@@ -156,10 +156,19 @@ def decoder_of(decoder: Decoder, options: Mapping[str, Any]) -> Decoder:
     Args:
         decoder: What the user wants.
         options: The manifest's; tars that were indexed as they lay were checked with one decoder.
+
+    Raises:
+        ValueError: They were checked with another one.
     """
-    if decoder == "auto" and options.get("index_only"):
-        return options.get("decoder", "pyav")
-    return stored_decoder(decoder)
+    if not options.get("index_only"):
+        return stored_decoder(decoder)
+    checked = options.get("decoder", "pyav" if decoder == "auto" else decoder)
+    if decoder not in ("auto", checked):
+        raise ValueError(
+            f"decoder is {decoder!r}, but these tars were checked with {checked!r}; use 'auto', or "
+            f"check them again: `eva02-at shards build --index-only --decoder {decoder}`"
+        )
+    return checked
 
 
 @functools.cache

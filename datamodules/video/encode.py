@@ -17,7 +17,7 @@ import av
 from av.video.frame import VideoFrame
 
 from datamodules.video.colour import tag_stored
-from datamodules.video.frames import Limits, Video, on_screen
+from datamodules.video.frames import UNREADABLE, Limits, Video, on_screen
 from datamodules.video.pieces import Piece, RejectedClip
 
 _PRESETS = (
@@ -122,7 +122,7 @@ def encode_clip(
     try:
         frames, rate = _cut(pieces, start_s, end_s, options.fps, limits or Limits())
         clip = _encode(frames, rate, options)
-    except (av.FFmpegError, ValueError, EOFError) as error:
+    except UNREADABLE as error:
         raise RejectedClip(f"unreadable: {error}") from error
     wanted = max(1.0, (end_s - start_s) * float(rate))
     if clip is None or clip.num_frames < options.min_coverage * wanted:
@@ -131,6 +131,20 @@ def encode_clip(
             f"short: the source covers {covered:.2f} s of {start_s:.2f}-{end_s:.2f} s"
         )
     return clip
+
+
+def encode_whole(data: bytes, options: EncodeOptions, limits: Limits) -> EncodedClip:
+    """Bring a whole clip of somebody else's into the stored form.
+
+    Raises:
+        RejectedClip: It cannot be decoded.
+    """
+    try:
+        with Video(data, limits) as video:
+            duration_s = video.stamps().duration_s
+    except UNREADABLE as error:
+        raise RejectedClip(f"unreadable: {error}") from error
+    return encode_clip([Piece(data, 0.0)], 0.0, duration_s, options, limits)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,16 @@ from numpy.typing import NDArray
 from datamodules.video.colour import Painter, shown_size, turn
 
 T = TypeVar("T")
+# What reading an odd file raises; FFmpeg's own errors are OSErrors or ValueErrors as well.
+UNREADABLE = (
+    av.FFmpegError,
+    OSError,
+    ValueError,
+    EOFError,
+    IndexError,
+    ArithmeticError,
+    MemoryError,
+)
 _EPSILON_S = 1e-3
 _FIRST_STEP_BACK_S = 2.0
 _REORDERED = 32  # more packets than any codec shows out of order
@@ -124,6 +134,8 @@ class Video:
         try:
             self.stream = _pictures(self._container)
             codec = self.stream.codec_context
+            if codec is None:
+                raise ValueError("no decoder for its codec")
             if not codec.width:  # FFmpeg says no more of a size that it was not allowed to open
                 raise ValueError(
                     f"too large, or of no size: no frame of at most max_pixels="

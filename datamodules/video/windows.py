@@ -15,15 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from datamodules.video.crops import resize_and_centre_crop
-from datamodules.video.frames import Limits, Video, read_frames
-from datamodules.video.workers import Job, run_jobs
+from datamodules.video.frames import UNREADABLE, Limits, Video, read_frames
+from datamodules.video.workers import ITEM_LIMIT_S, Job, run_jobs
 
 SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts"})
 _COLUMNS = ("video", "start_s", "end_s")
@@ -77,8 +76,8 @@ def find_videos(places: Iterable[str | Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for place in map(Path, places):
         if place.is_dir():
-            files = sorted(p for p in place.rglob("*") if _is_video(p.relative_to(place)))
-            found |= dict.fromkeys(files)
+            files = sorted(p for p in place.rglob("*") if _is_video(p))
+            found |= dict.fromkeys(p for p in files if not _is_hidden(p.relative_to(place)))
         elif place.suffix == ".txt" and place.is_file():
             lines = place.read_text().splitlines()
             found |= dict.fromkeys(place.parent / line.strip() for line in lines if line.strip())
@@ -93,9 +92,23 @@ def find_videos(places: Iterable[str | Path]) -> list[Path]:
     return list(found)
 
 
-def _is_video(relative: Path) -> bool:
-    hidden = any(part.startswith(".") for part in relative.parts)
-    return relative.suffix.lower() in SUFFIXES and not hidden
+def passed_over(places: Iterable[str | Path]) -> dict[Path, list[Path]]:
+    """List the files of folders that `find_videos` leaves out; hidden ones are not meant."""
+    found = {}
+    for folder in filter(Path.is_dir, map(Path, places)):
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        others = [p for p in files if not _is_hidden(p.relative_to(folder)) and not _is_video(p)]
+        if others:
+            found[folder] = others
+    return found
+
+
+def _is_hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _is_video(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
 
 
 def read_clip_list(path: Path) -> list[Window]:
@@ -238,7 +251,7 @@ def in_children(
         For each list, in no fixed order: its items with what was read, or an `Unreadable`.
     """
 
-    def work(job: Job, begin: Callable[[str], None]) -> list[Any]:
+    def work(job: Job, begin: Callable[[str | None], None]) -> list[Any]:
         torch.set_num_threads(1)  # a forked child has no threads of torch's pool
         results = []
         for item in job.payload:
@@ -249,13 +262,13 @@ def in_children(
             begin(str(video))
             try:
                 results.append(read(item))
-            except (av.FFmpegError, OSError, ValueError, EOFError, IndexError) as error:
+            except UNREADABLE as error:
                 reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
                 results.append(Unreadable(video, reason))
         return results
 
     numbered = [Job(number, items) for number, items in enumerate(jobs)]
-    for event in run_jobs(work, numbered, num_workers):
+    for event in run_jobs(work, numbered, num_workers, ITEM_LIMIT_S):
         if event.result is not None:
             yield list(zip(event.job.payload, event.result, strict=True))
 

@@ -11,6 +11,7 @@ from lightning_modules.cli.parser import CommandParser
 from lightning_modules.cli.video_options import (
     add_video_options,
     embed_options,
+    report_passed_over,
     report_unreadable,
 )
 
@@ -62,6 +63,7 @@ def main(argv: list[str]) -> int:
     written = write_features(
         load_from_options(options, options.checkpoint), options.videos, options.output, how
     )
+    report_passed_over(options.videos)
     report_unreadable(written.unreadable)
     print(written.told)
     return 0

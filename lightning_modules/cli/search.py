@@ -15,6 +15,7 @@ from lightning_modules.cli.parser import CommandParser
 from lightning_modules.cli.video_options import (
     add_video_options,
     embed_options,
+    report_passed_over,
     report_unreadable,
 )
 
@@ -87,6 +88,7 @@ def main(argv: list[str]) -> int:
     if options.html and len(options.checkpoint) > 1:
         raise ValueError("a page (--html) shows one model; --serve shows several side by side")
     folders = [_open(options, path) for path in options.checkpoint]
+    report_passed_over([options.videos])
     if options.serve:
         _serve(folders, options)
         return 0

@@ -22,7 +22,9 @@ from datamodules.shards.layouts import LAYOUTS, find_layout
 from datamodules.shards.plan import BuildPlan
 from datamodules.shards.rejects import MAX_REJECTS
 from datamodules.shards.verify import repair, verify
+from datamodules.video.decode import DECODERS
 from datamodules.video.encode import RECIPES, EncodeOptions
+from datamodules.video.frames import Limits
 from lightning_modules.cli.parser import CommandParser
 
 
@@ -76,6 +78,28 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write indexes and a manifest for the tars that --output holds already",
     )
+    add(
+        "--reencode",
+        action="store_true",
+        help="with --index-only: store clips anew that training would not see as they play (into "
+        "NAME.reencoded.tar, by the options above), instead of rejecting them",
+    )
+    add(
+        "--decoder",
+        choices=DECODERS,
+        default="auto",
+        help="with --index-only: what training is to decode the tars with (%(default)s)",
+    )
+    bounds = Limits()
+    add("--max-pixels", type=int, default=bounds.max_pixels, help="of a frame (%(default)s)")
+    add("--max-frames", type=int, default=bounds.max_frames, help="of a clip (%(default)s)")
+    add(
+        "--decode-timeout",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="with --index-only: seconds that a clip may take (%(default)s)",
+    )
 
 
 def _encode_options(args: argparse.Namespace) -> EncodeOptions:
@@ -87,6 +111,7 @@ def _encode_options(args: argparse.Namespace) -> EncodeOptions:
 
 
 def _build(args: argparse.Namespace) -> int:
+    limits = Limits(args.max_pixels, args.max_frames)
     if args.index_only:
         print(
             index_tars(
@@ -94,6 +119,10 @@ def _build(args: argparse.Namespace) -> int:
                 num_workers=args.workers,
                 progress=True,
                 max_rejects=args.max_rejects,
+                decoder=args.decoder,
+                limits=limits,
+                timeout_s=args.decode_timeout,
+                reencode=_encode_options(args) if args.reencode else None,
             )
         )
         return 0
@@ -109,6 +138,7 @@ def _build(args: argparse.Namespace) -> int:
         "options": _encode_options(args),
         "samples_per_shard": args.samples_per_shard,
         "lost_rows": rejects.rows,
+        "limits": limits,
     }
     if args.dry_run:
         print(estimate_build(BuildPlan(clips, **built)))

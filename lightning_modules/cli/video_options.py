@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,6 +33,12 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
         default=max(1, min(8, os.cpu_count() or 1)),
         help="decoding processes (%(default)s)",
     )
+    group.add_argument(
+        "--max-pixels",
+        type=int,
+        metavar="N",
+        help="leave out, and name, videos with larger frames (33 million, which is 8K)",
+    )
     group.add_argument("--device", help="of the model (cuda where there is one, else cpu)")
     group.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="(%(default)s)"
@@ -42,8 +49,10 @@ def embed_options(options: argparse.Namespace) -> EmbedOptions:
     """What the options say."""
     import torch
 
+    from datamodules.video.frames import Limits
     from lightning_modules.inference.embedding import EmbedOptions
 
+    limits = Limits() if options.max_pixels is None else Limits(options.max_pixels)
     return EmbedOptions(
         num_frames=options.frames,
         rate=options.rate,
@@ -52,7 +61,19 @@ def embed_options(options: argparse.Namespace) -> EmbedOptions:
         num_workers=options.workers,
         device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         dtype=options.dtype,
+        limits=limits,
     )
+
+
+def report_passed_over(places: Iterable[str | Path]) -> None:
+    """Name, on the error stream, the files of folders that are not taken for videos."""
+    from datamodules.video.windows import passed_over
+
+    for folder, files in passed_over(places).items():
+        named = ", ".join(str(file.relative_to(folder)) for file in files[:_MOST_NAMED])
+        more = len(files) - _MOST_NAMED
+        rest = f" ({more} more not shown)" if more > 0 else ""
+        print(f"{len(files)} files in {folder} are passed over: {named}{rest}", file=sys.stderr)
 
 
 def report_unreadable(unreadable: Sequence[Unreadable]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from datamodules.tokenizer import Tokenizer
+from datamodules.video.frames import Limits
 from datamodules.video.windows import (
     Unreadable,
     Window,
@@ -33,6 +34,7 @@ class EmbedOptions:
         num_workers: Decoding processes.
         device: Of the model.
         dtype: "float32" or "bfloat16": arithmetic of the forward pass.
+        limits: What a video may declare.
     """
 
     num_frames: int | None = None
@@ -42,6 +44,7 @@ class EmbedOptions:
     num_workers: int = 2
     device: str = "cpu"
     dtype: str = "float32"
+    limits: Limits = Limits()  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "rate", "window_s", "batch_size", "num_workers"):
@@ -100,7 +103,7 @@ class Embedder:
         Returns:
             The windows, video by video, and the videos that cannot be read.
         """
-        measured = dict(probe_videos(videos, self.options.num_workers))
+        measured = dict(probe_videos(videos, self.options.num_workers, self.options.limits))
         windows, unreadable = [], []
         for video in videos:
             length = measured[video]
@@ -131,7 +134,12 @@ class Embedder:
         rows: list[tuple[int, Window, Tensor]] = []
         result = Embedded()
         batches = read_windows(
-            windows, self.num_frames, self.image_size, options.num_workers, options.batch_size
+            windows,
+            self.num_frames,
+            self.image_size,
+            options.num_workers,
+            options.batch_size,
+            options.limits,
         )
         for read, clips, unreadable in batches:
             if read:
