@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "shards": ("lightning_modules.cli.shards", "build, verify or describe WebDataset shards"),
     "score": ("lightning_modules.cli.score", "EK-100 MIR mAP and nDCG of a similarity matrix"),
     "audit": ("lightning_modules.cli.audit", "what a retrieval figure is worth: oracle, leaks"),
+    "tune": ("lightning_modules.cli.tune", "weights of an ensemble, on held-out training clips"),
     "evaluate": ("lightning_modules.cli.evaluate", "one checkpoint on one benchmark"),
     "convert": ("lightning_modules.cli.convert", "any supported checkpoint to a safetensors file"),
     "embed": ("lightning_modules.cli.embed", "embeddings of one's own videos"),

@@ -92,6 +92,13 @@ SECTIONS: dict[str, tuple[Section, ...]] = {
             ("every_n_steps", "every_minutes", "keep_last", "keep_best", "monitor"),
         ),
         Section(
+            "who works in the run's folder",
+            "--owner.",
+            ("lightning_modules/training/run/ownership.py",),
+            ("RunOwner",),
+            (),
+        ),
+        Section(
             "a recipe that has changed since",
             "--settings.",
             ("lightning_modules/training/run/settings.py",),

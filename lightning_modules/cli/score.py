@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from lightning_modules.cli.parser import CommandParser, add_max_missing
@@ -35,6 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     add_max_missing(parser)
     parser.add_argument(
         "--weights", nargs="+", type=float, metavar="W", help="of several matrices; equal if absent"
+    )
+    parser.add_argument(
+        "--tuned", type=Path, metavar="FILE.json", help="weights and scale that `tune` chose"
     )
     parser.add_argument("--split", default="test", metavar="SPLIT", help="test (default) or train")
     parser.add_argument(
@@ -77,19 +81,29 @@ def main(argv: list[str]) -> int:
     from lightning_modules.evaluation.benchmarks.ek100_mir import RetrievalAnnotations
     from lightning_modules.evaluation.saved import score_saved
     from lightning_modules.evaluation.submission import Levels, write_submission
+    from lightning_modules.evaluation.tuning import Tuned, without_zeros
 
     annotations = RetrievalAnnotations(options.annotations, options.split)
+    tuned = None
+    matrices, weights, scale = options.similarity, options.weights, options.dual_softmax
+    if options.tuned is not None:
+        if weights is not None or scale is not None:
+            raise ValueError("--tuned holds weights and scale: give either it or those")
+        tuned = Tuned.load(options.tuned)
+        matrices, weights = without_zeros(matrices, tuned.weights)
+        scale = tuned.dual_softmax
     done = score_saved(
-        options.similarity,
+        matrices,
         annotations,
-        weights=options.weights,
-        scale=options.dual_softmax,
+        weights=weights,
+        scale=scale,
         max_missing=0.0 if options.submission else options.max_missing,
     )
     if options.submission is not None:
         levels = Levels(options.sls_pt, options.sls_tl, options.sls_td)
         write_submission(options.submission, done.similarity, *annotations.ids, levels)
-    text = json.dumps(done.metrics, indent=2)
+    metrics = done.metrics if tuned is None else {**done.metrics, "tuned": asdict(tuned)}
+    text = json.dumps(metrics, indent=2)
     print(text)
     if done.coverage.missing:
         print(done.coverage, file=sys.stderr)

@@ -87,6 +87,7 @@ def score_saved(
     metrics["num_missing_clips"] = coverage.missing
     if scale is not None:
         metrics["dual_softmax"] = scale
+        metrics["transductive"] = True  # it looks at the other queries of the test
     return SavedScore(similarity, coverage, metrics)
 
 

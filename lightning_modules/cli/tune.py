@@ -1,0 +1,75 @@
+"""`eva02-at tune`: weights and scales for test time, chosen on held-out training clips."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from lightning_modules.cli.parser import CommandParser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        "tune",
+        "Choose the weights of several models' similarities on training clips that were held out, "
+        "for `score --tuned`. Never on the test.",
+    )
+    parser.add_argument(
+        "--annotations", required=True, type=Path, metavar="DIR", help="as `score` reads them"
+    )
+    parser.add_argument(
+        "--similarity",
+        required=True,
+        nargs="+",
+        type=Path,
+        metavar="FILE.npy",
+        help="of `evaluate --split train --prediction`, one a model; clips that were not held out "
+        "are rows of NaN",
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE.json")
+    parser.add_argument("--split", default="train", help="(%(default)s)")
+    parser.add_argument(
+        "--objective", default="mean", choices=("mean", "map", "ndcg"), help="(%(default)s)"
+    )
+    parser.add_argument(
+        "--transductive",
+        action="store_true",
+        help="also try dual softmax, which looks at all queries at once; the result says so",
+    )
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Choose and write.
+
+    Args:
+        argv: Words after `eva02-at tune`.
+
+    Raises:
+        ValueError: A file is missing or malformed, or the split is the test's.
+    """
+    options = _parser().parse_args(argv)
+    from lightning_modules.evaluation.benchmarks.ek100_mir import RetrievalAnnotations
+    from lightning_modules.evaluation.tuning import tune
+
+    tuned = tune(
+        options.similarity,
+        RetrievalAnnotations(options.annotations, options.split),
+        options.split,
+        objective=options.objective,
+        transductive=options.transductive,
+    )
+    tuned.save(options.output)
+    for path, weight, before in zip(options.similarity, tuned.weights, tuned.before, strict=True):
+        print(f"{before:7.2f}  weight {weight:<6g} {path}")
+    print(f"{tuned.value:7.2f}  together, dual softmax: {tuned.dual_softmax or 'none'}")
+    print(
+        f"{tuned.objective} on {tuned.num_clips:,} clips of {tuned.split}. Next: eva02-at score "
+        f"--similarity TEST.npy ... --tuned {options.output}, matrices in the same order"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

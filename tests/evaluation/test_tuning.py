@@ -1,0 +1,116 @@
+"""Weights and scales chosen on held-out clips."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from epic_files import write_retrieval_split
+
+from lightning_modules.cli.main import main
+from lightning_modules.evaluation.benchmarks.ek100_mir import RetrievalAnnotations
+from lightning_modules.evaluation.saved import score_saved
+from lightning_modules.evaluation.tuning import Tuned, tune, without_zeros
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two splits, and for each: two models that know different things, and one that knows none."""
+    root = tmp_path_factory.mktemp("epic")
+    for split, seed in (("train", 0), ("test", 1)):
+        clips, sentences = write_retrieval_split(root, split, 60, 24, seed)
+        draw = np.random.default_rng(seed)
+        noise = [draw.normal(size=(60, 24)) for _ in range(3)]
+        verbs = np.array([[float(a == b) for b, _ in sentences] for a, _ in clips])
+        nouns = np.array([[len(a & b) / len(a | b) for _, b in sentences] for _, a in clips])
+        for name, matrix in (
+            ("verbs", verbs + 0.3 * noise[0]),
+            ("nouns", nouns + 0.3 * noise[1]),
+            ("noise", 3.0 * noise[2]),
+        ):
+            np.save(root / f"{name}_{split}.npy", matrix.astype(np.float32))
+    return root
+
+
+def paths(folder: Path, split: str) -> list[Path]:
+    return [folder / f"{name}_{split}.npy" for name in ("verbs", "nouns", "noise")]
+
+
+def test_what_helps_is_weighed_and_what_does_not_is_left_out(folder: Path) -> None:
+    annotations = RetrievalAnnotations(folder, "train")
+    tuned = tune(paths(folder, "train"), annotations, "train")
+    assert tuned.value > max(tuned.before) and tuned.num_clips == 60
+    verbs, nouns, noise = tuned.weights
+    assert verbs > 0 and nouns > 0 and noise <= min(verbs, nouns) / 4
+    # no neighbour in the grid of weights is better
+    for place in range(2):
+        for factor in (0.5, 2.0):
+            weights = list(tuned.weights)
+            weights[place] *= factor
+            assert score(folder, "train", weights) <= tuned.value + 1e-9
+
+
+def score(folder: Path, split: str, weights: list[float]) -> float:
+    matrices, weights = without_zeros(paths(folder, split), weights)
+    done = score_saved(matrices, RetrievalAnnotations(folder, split), weights=weights)
+    return (done.metrics["map"]["avg"] + done.metrics["ndcg"]["avg"]) / 2
+
+
+def test_clips_that_were_not_held_out_do_not_count(folder: Path, tmp_path: Path) -> None:
+    annotations = RetrievalAnnotations(folder, "train")
+    files = []
+    for path in paths(folder, "train"):
+        matrix = np.load(path)
+        matrix[::3] = np.nan
+        files.append(tmp_path / path.name)
+        np.save(files[-1], matrix)
+    assert tune(files, annotations, "train").num_clips == 40
+    np.save(files[0], np.full_like(matrix, np.nan))
+    with pytest.raises(ValueError, match="no clip of train is in all of"):
+        tune(files, annotations, "train")
+
+
+def test_the_test_split_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["tune", "--annotations", folder, "--split", "test", "--output", folder / "x.json"]
+    assert main([*map(str, words), "--similarity", str(paths(folder, "test")[0])]) == 2
+    assert "makes its figure worthless" in capsys.readouterr().err
+
+
+def test_from_held_out_clips_to_the_test(folder: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "tuned.json"
+    words = ["--annotations", str(folder)]
+    held = [str(path) for path in paths(folder, "train")]
+    assert main(["tune", *words, "--similarity", *held, "--output", str(out)]) == 0
+    assert "Next: eva02-at score" in capsys.readouterr().out
+    tuned = Tuned.load(out)
+    assert tuned.dual_softmax is None
+    test = [str(path) for path in paths(folder, "test")]
+    assert main(["score", *words, "--similarity", *test, "--tuned", str(out)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["tuned"]["weights"] == tuned.weights and "transductive" not in result
+    value = (result["map"]["avg"] + result["ndcg"]["avg"]) / 2
+    assert value == pytest.approx(score(folder, "test", tuned.weights), abs=1e-9)
+    assert value > max(score(folder, "test", list(row)) for row in torch.eye(3).tolist())
+    assert (
+        main(["score", *words, "--similarity", *test, "--tuned", str(out), "--weights", "1"]) == 2
+    )
+    assert main(["score", *words, "--similarity", *test[:2], "--tuned", str(out)]) == 2
+    assert "weights" in capsys.readouterr().err
+    out.write_text("{}")
+    assert main(["score", *words, "--similarity", *test, "--tuned", str(out)]) == 2
+
+
+def test_a_transductive_choice_says_so(folder: Path, tmp_path: Path, capsys) -> None:
+    plain = tune(paths(folder, "train"), RetrievalAnnotations(folder, "train"), "train")
+    tuned = tune(
+        paths(folder, "train"), RetrievalAnnotations(folder, "train"), "train", transductive=True
+    )
+    assert tuned.value >= plain.value and tuned.weights == plain.weights
+    Tuned(**{**vars(tuned), "dual_softmax": 20.0}).save(tmp_path / "t.json")
+    test = [str(path) for path in paths(folder, "test")]
+    words = ["score", "--annotations", str(folder), "--similarity", *test]
+    assert main([*words, "--tuned", str(tmp_path / "t.json")]) == 0
+    assert json.loads(capsys.readouterr().out)["transductive"] is True
