@@ -6,7 +6,7 @@ LOCK ?= requirements.lock
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test gpu lint docs lock clean
+.PHONY: demo test gpu lint docs mutants lock clean
 
 demo: $(READY)
 	$(BIN)/eva02-at demo
@@ -24,6 +24,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Which change of the hot code does no test notice? Hours; goes on where it was stopped.
+# ROOMS="losses metrics order checkpoints kernels"; the report comes last.
+mutants: $(READY)
+	$(BIN)/pip install -qq --constraint $(LOCK) --editable '.[mutants]'
+	nice $(BIN)/python .ci/mutants.py $(ROOMS)
 
 # The documentation as a site, in build/site; any broken link or reference is an error.
 docs: $(READY)

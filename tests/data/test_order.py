@@ -1,5 +1,7 @@
 """The order of samples: complete, even, and the same however it is cut."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -93,6 +95,22 @@ def test_permutation_is_frozen():
     """The order of runs that are under way must not change with a library or with this code."""
     assert keyed_hash(1, 2, 3) == 0xD0734750FDE362B3
     assert keyed_permutation(8, 5).tolist() == [1, 4, 7, 3, 6, 2, 0, 5]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "f51d8096446ee04d"),
+        ({"window": 3}, "d891321ab435a994"),
+        ({"window": 5, "lanes": 2}, "850b7fb85f5a0261"),
+        ({"weights": [1.5, 0.5, 1.0]}, "51a046ca518ded7c"),
+    ],
+)
+def test_orders_are_frozen(options, expected):
+    """As above: a checkpoint's position means these samples, for ever."""
+    order = StreamOrder([17, 5, 8], global_batch_size=4, seed=3, **options)
+    pairs = [epoch_pairs(order, epoch) for epoch in range(3)]
+    assert hashlib.sha256(repr(pairs).encode()).hexdigest()[:16] == expected
 
 
 def test_sizes_that_do_not_fit_are_refused():

@@ -96,6 +96,36 @@ def test_ranks_equal_one_process(sizes):
                 torch.testing.assert_close(mine, reference, rtol=tolerance, atol=1e-13)
 
 
+ALONE = {
+    "info_nce": InfoNCELoss(gather=False),
+    "ego_nce": EgoNCELoss(gather=False),
+    "sms": SymmetricMultiSimilarityLoss(gather=False),
+}
+
+
+def losses_of_own_rows(rank: int, sizes: list[int]):
+    start = sum(sizes[:rank])
+    own = slice(start, start + sizes[rank])
+    clips, tokens, verbs, nouns, relevance = global_batch(sum(sizes))
+    video, text, _ = Encoder()(clips[own], tokens[own])
+    return {
+        "info_nce": ALONE["info_nce"](video, text),
+        "ego_nce": ALONE["ego_nce"](video, text, verbs[own], nouns[own]),
+        "sms": ALONE["sms"](video, text, relevance[own, own]),
+    }
+
+
+@pytest.mark.distributed
+def test_without_gathering_a_rank_is_alone():
+    sizes = [4, 3]
+    ranks = run_ranks(2, losses_of_own_rows, sizes)
+    for rank, found in enumerate(ranks):
+        alone = losses_of_own_rows(rank, sizes)
+        assert {k: v.item() for k, v in found.items()} == pytest.approx(
+            {k: v.item() for k, v in alone.items()}, rel=1e-12, abs=0
+        )
+
+
 def gathered_on_a_rank(rank: int):
     sizes = [2, 0, 3]
     rows = torch.full((sizes[rank], 2), float(rank + 1), requires_grad=True)

@@ -16,6 +16,8 @@ from lightning_modules.losses import (
     SymmetricMultiSimilarityLoss,
     blockwise,
 )
+from lightning_modules.losses.gather import GlobalBatch
+from lightning_modules.losses.margin import _own_rows
 
 
 def pairs(batch: int, dim: int = 5, seed: int = 0, dtype=torch.float64):
@@ -84,6 +86,54 @@ def test_hard_labels_follow_eq_17(negative):
     relevance = (soft_relevance(9) > 0.5).double().fill_diagonal_(1)
     slow = pair_loops.hard_label_sms(video, text, relevance)
     assert_same(HardLabelMultiSimilarityLoss()(video, text, relevance), slow, (video, text))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_band_is_open_at_its_ends(sign):
+    """A difference of exactly the threshold belongs to the cases outside: 1/4 is exact."""
+    loss = SymmetricMultiSimilarityLoss(margin=0.5, relaxation=0.1, threshold=0.25)
+    gap, own, other = torch.tensor([[0.0]]), torch.tensor([[0.5]]), torch.tensor([[0.5 - sign / 4]])
+    expected = 0.25 * 0.5  # relu(+-R * margin -+ gap); within the band it would be 0
+    assert loss.penalty(gap, own, other).item() == expected
+    assert loss.penalty(gap, own, other + sign / 64).item() == 0
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        InfoNCELoss,
+        EgoNCELoss,
+        MaxMarginLoss,
+        AdaptiveMaxMarginLoss,
+        SymmetricMultiSimilarityLoss,
+        HardLabelMultiSimilarityLoss,
+    ],
+)
+def test_losses_look_over_all_ranks_unless_told_not_to(kind):
+    assert kind().gather is True and kind(gather=False).gather is False
+
+
+@pytest.mark.parametrize(
+    ("loss", "values"),
+    [
+        (InfoNCELoss(), {"temperature": 0.05}),
+        (EgoNCELoss(), {"temperature": 0.05}),
+        (MaxMarginLoss(), {"margin": 0.2}),
+        (AdaptiveMaxMarginLoss(), {"margin": 0.4}),
+        (SymmetricMultiSimilarityLoss(), {"margin": 0.6, "relaxation": 0.1, "threshold": 0.1}),
+        (HardLabelMultiSimilarityLoss(), {"margin": 0.3, "relaxation": 0.1, "threshold": 0.5}),
+    ],
+)
+def test_defaults_are_the_papers(loss, values):
+    assert {name: getattr(loss, name) for name in values} == values
+
+
+def test_a_rank_takes_its_own_rows_of_a_whole_relevance():
+    whole, batch = torch.arange(36.0).view(6, 6), GlobalBatch([2, 3, 1], rank=1)
+    assert torch.equal(_own_rows(whole, 3, batch), whole[2:5])
+    assert torch.equal(_own_rows(whole[2:5], 3, batch), whole[2:5])
+    with pytest.raises(ValueError, match=r"= \(3, 6\) or \(B_global, B_global\) = \(6, 6\)"):
+        _own_rows(whole[:, :3], 3, batch)
 
 
 def test_hard_labels_accept_the_soft_labels_of_clips_without_nouns():

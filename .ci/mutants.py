@@ -1,0 +1,128 @@
+"""Change the code in one place at a time and see whether a test goes red: `make mutants`.
+
+    python .ci/mutants.py [ROOM ...]     losses, metrics, order, checkpoints, kernels
+
+mutmut makes the mutants and runs the tests that reach each one, in a copy under build/mutants, and
+goes on where it was stopped. What runs only in processes of its own (ranks) it cannot trace: those
+mutants are tried here, against all tests of the room. The report, by file, is at the end; a
+survivor is a test that is missing, or a change that makes no difference.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("kernels", "datamodules", "lightning_modules")
+COPIED = (*PACKAGES, "tests", "configs", "slurm", "docs", "pyproject.toml", "README.md", "Makefile")
+# room -> (what is changed, the tests that should notice)
+ROOMS = {
+    "losses": (["lightning_modules/losses/*.py"], ["tests/losses"]),
+    "metrics": (["lightning_modules/metrics/*.py"], ["tests/metrics"]),
+    "order": (["datamodules/stream/order.py"], ["tests/data/test_order.py"]),
+    "checkpoints": (
+        ["lightning_modules/checkpoints/*.py"],
+        ["tests/checkpoints", "tests/inference/test_convert.py"],
+    ),
+    "kernels": (
+        # what runs without a GPU; Triton's and C's own text is out of reach
+        [f"kernels/{name}.py" for name in ("st_rope", "attention", "rotation", "gated_norm")],
+        [f"tests/kernels/test_{name}.py" for name in ("tables", "rotation", "gated_norm")]
+        + ["tests/kernels/test_attention.py"],
+    ),
+}
+PYTEST = ["-x", "-q", "-p", "no:cacheprovider"]
+SKIPPED, SURVIVED = "no tests", "survived"
+
+
+def prepare(room: str) -> Path:
+    """The room's copy of the repository, with mutmut's settings for it."""
+    folder = ROOT / "build" / "mutants" / room
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in COPIED:
+        source, target = ROOT / name, folder / name
+        if source.is_dir():
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, target, dirs_exist_ok=True, ignore=ignore)
+        else:
+            shutil.copy(source, target)
+    changed, tests = ROOMS[room]
+    settings = {
+        "source_paths": list(PACKAGES),
+        "only_mutate": changed,
+        "pytest_add_cli_args_test_selection": tests,
+        "pytest_add_cli_args": PYTEST,
+        "also_copy": ["configs", "slurm", "docs"],
+    }
+    lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
+    with (folder / "pyproject.toml").open("a") as file:
+        file.write("\n".join(["", "[tool.mutmut]", *lines, ""]))
+    return folder
+
+
+def mutmut(folder: Path, *words: str) -> str:
+    """Run mutmut in a room's copy, one thread a process; returns what it printed."""
+    command = [sys.executable, "-m", "mutmut", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=False
+    )
+    return run.stdout
+
+
+def results(folder: Path) -> dict[str, str]:
+    """Mutant -> what became of it."""
+    lines = mutmut(folder, "results", "--all", "true").splitlines()
+    pairs = (line.strip().rpartition(": ") for line in lines if "__mutmut_" in line)
+    return {name: outcome for name, _, outcome in pairs}
+
+
+def try_apart(folder: Path, room: str, name: str) -> str:
+    """Run all tests of the room on one mutant, in processes that know of it from the start."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MUTANT_UNDER_TEST": name}
+    command = [sys.executable, "-m", "pytest", *PYTEST, *ROOMS[room][1]]
+    try:
+        run = subprocess.run(
+            command, cwd=folder / "mutants", env=environment, capture_output=True, timeout=300
+        )
+    except subprocess.TimeoutExpired:
+        return "timeout"
+    return SURVIVED if run.returncode == 0 else "killed"
+
+
+def module_of(name: str) -> str:
+    """`a.b.xǁCǁf__mutmut_1` -> `a/b.py`."""
+    return name.rpartition(".")[0].replace(".", "/") + ".py"
+
+
+def main(rooms: list[str]) -> int:
+    """Try the rooms' mutants and report."""
+    for room in rooms or list(ROOMS):
+        folder = prepare(room)
+        mutmut(folder, "run")
+        ledger = folder / "apart.json"
+        apart = json.loads(ledger.read_text()) if ledger.is_file() else {}
+        outcomes = results(folder)
+        for name in [name for name, outcome in outcomes.items() if outcome == SKIPPED]:
+            if name not in apart:
+                apart[name] = try_apart(folder, room, name)
+                ledger.write_text(json.dumps(apart, indent=1))
+        outcomes |= {name: apart[name] for name in outcomes if name in apart}
+        counts: dict[str, Counter[str]] = defaultdict(Counter)
+        for name, outcome in outcomes.items():
+            counts[module_of(name)][outcome] += 1
+        for path, found in sorted(counts.items()):
+            total, alive = found.total(), found[SURVIVED]
+            print(f"{path:<55}{total:>6} mutants{alive:>5} survive ({alive / total:.1%})")
+        print("".join(f"  {n}\n" for n, o in outcomes.items() if o == SURVIVED), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
