@@ -40,7 +40,7 @@ from lightning_modules.training.run.private import (
     silence_lightning_signals,
     validation_due,
 )
-from lightning_modules.training.run.saving import Piece, Saving, host_copy
+from lightning_modules.training.run.saving import Piece, Saving, host_copy, write_state
 from lightning_modules.training.run.signals import STOP, RunStopped
 from lightning_modules.training.run.strategies import PlainCheckpointIO, ZeroStrategy, kind_of
 
@@ -342,7 +342,7 @@ class SafeCheckpoints(Checkpoint):
         else:
             states = [(folder / STATE, checkpoint)] if ranks.rank == 0 else []
         with ranks.together(f"copying {name}"):
-            pieces = [Piece(path, host_copy(state), torch.save) for path, state in states]
+            pieces = [Piece(path, host_copy(state), write_state) for path, state in states]
             if ranks.rank == 0:
                 pieces += [Piece(folder / EMA_FILE, host_copy(w), save_average) for w in whole]
                 if self.recipe is not None:

@@ -44,6 +44,38 @@ class Piece:
     write: Callable[[Any, Path], object]
 
 
+def write_state(state: Any, path: Path) -> None:
+    """`torch.save` through a file of Python's, which says why it cannot be written (a full disk).
+
+    Raises:
+        OSError: It cannot.
+    """
+    with path.open("wb") as file:
+        kept = _FirstError(file)
+        try:
+            torch.save(state, kept)  # type: ignore[arg-type]
+        except RuntimeError as error:  # torch's, about the position in the file
+            raise kept.error or error from error
+
+
+class _FirstError:
+    """A file to write to that keeps the error which torch replaces by one of its own."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
 def host_copy(state: Any) -> Any:
     """Copy a nested state into host memory, tensors that share storage sharing it in the copy too.
 
