@@ -227,6 +227,7 @@ def main(
     trainer_options: dict | None = None,
     owner: dict | None = None,
     on_change: str = "extend",
+    recipe: str | None = None,
 ) -> int:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -237,6 +238,7 @@ def main(
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     safe = SafeCheckpoints(**{"every_n_steps": 1, "keep_last": 3, **(checkpoints or {})})
+    safe.recipe = recipe
     callbacks = [RunOwner(**(owner or {})), StepSeed(seed=5), safe, SameSettings(on_change)]
     callbacks += [Trouble(**(trouble or {}))]
     callbacks += [WeightAverage(decay=0.5)] if ema else []
