@@ -48,9 +48,11 @@ def read_config(path: Path) -> DualEncoderConfig:
         return _config_of_recipe(path)
     try:
         content = json.loads(path.read_text())
-        model = content["model"]
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is no model description ({error!r})") from None
+    if not is_description(path):
+        raise ValueError(f"{path} is no model description (it has no `vision` and `text`)")
+    model = _model_in(content)
     return _dataclass_of(DualEncoderConfig, model, str(path))
 
 
@@ -62,6 +64,19 @@ def describes_classifier(path: Path | None) -> bool:
         return "num_classes" in json.loads(path.read_text())
     kind = OmegaConf.select(OmegaConf.load(path), "model.class_path")
     return kind == "lightning_modules.recognition.RecognitionModule"
+
+
+def is_description(path: Path) -> bool:
+    """True for JSON that `convert` or `DualEncoder.save_pretrained` writes; others' is not ours."""
+    try:
+        return {"vision", "text"} <= set(_model_in(json.loads(path.read_text())))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return False
+
+
+def _model_in(content: Any) -> Any:
+    """`convert` puts the model beside what is known of it, the Hub's mixin writes it alone."""
+    return content.get("model", content)
 
 
 def has_model_section(path: Path) -> bool:

@@ -19,8 +19,9 @@ from pathlib import Path
 from torch import Tensor
 
 from lightning_modules.checkpoints import read_checkpoint
+from lightning_modules.checkpoints.hub import CONFIG, fetch, is_on_hub
 from lightning_modules.checkpoints.layouts import unwrap
-from lightning_modules.checkpoints.model_config import has_model_section
+from lightning_modules.checkpoints.model_config import has_model_section, is_description
 from lightning_modules.checkpoints.zero import consolidate, is_deepspeed_folder
 from lightning_modules.training.run.checkpoint_store import (
     MANIFEST,
@@ -139,18 +140,16 @@ def find_checkpoint(path: str | Path) -> CheckpointSource:
 
     Args:
         path: A file of any supported format; a run's folder or its `checkpoints` (the newest
-            complete one is taken; others are skipped with a warning); one checkpoint's folder; or
-            a DeepSpeed folder.
+            complete one is taken; others are skipped with a warning); one checkpoint's folder; a
+            DeepSpeed folder; or `hf:ORG/NAME[/FILE][@REV]` on the Hub.
 
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: what is there is no checkpoint, or not a complete one.
     """
-    path = Path(path)
+    path = fetch(path) if is_on_hub(path) else Path(path)
     if path.is_file():
-        beside = path.with_suffix(".json")
-        config = beside if path.suffix == ".safetensors" and beside.is_file() else _recipe_of(path)
-        return CheckpointSource(path, path, config=config)
+        return CheckpointSource(path, path, config=_description_of(path))
     if not path.is_dir():
         raise FileNotFoundError(f"checkpoint {path}: no such file or folder")
     if (path / MANIFEST).is_file():
@@ -167,6 +166,16 @@ def find_checkpoint(path: str | Path) -> CheckpointSource:
         f"{path} is no checkpoint: expected a file, a run's folder with `checkpoints/step-*`, or "
         "a DeepSpeed folder (`*_model_states.pt`, or `latest` naming the folder that has them)"
     )
+
+
+def _description_of(path: Path) -> Path | None:
+    """What describes a file's model: the JSON of `convert`, or the recipe of the run it is in."""
+    if path.suffix == ".safetensors":
+        if (beside := path.with_suffix(".json")).is_file():
+            return beside
+        if is_description(path.with_name(CONFIG)):
+            return path.with_name(CONFIG)
+    return _recipe_of(path)
 
 
 def complete_checkpoints(path: str | Path) -> tuple[list[CheckpointSource], dict[str, str]]:

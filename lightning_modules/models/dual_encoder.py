@@ -7,9 +7,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from lightning_modules.models.config import DualEncoderConfig, resolve_config
+from lightning_modules.models.config import (
+    DualEncoderConfig,
+    TextConfig,
+    VisionConfig,
+    resolve_config,
+)
 from lightning_modules.models.text import TextEncoder
 from lightning_modules.models.towers import Towers
 from lightning_modules.models.vision import VideoEncoder
@@ -37,8 +43,18 @@ class _ClampInward(torch.autograd.Function):
         return grad.masked_fill(outward, 0.0)
 
 
-class DualEncoder(Towers):
+class DualEncoder(
+    Towers,
+    PyTorchModelHubMixin,
+    library_name="eva02-at",
+    paper_url="https://arxiv.org/abs/2506.14356",
+    tags=["video", "egocentric", "clip"],
+):
     """EVA02-AT, or a CLIP ViT baseline: clips and sentences into one space.
+
+    `save_pretrained`, `from_pretrained` and `push_to_hub` are the Hub's own; what `eva02-at
+    convert --push` uploads is read too. `checkpoints.load_clip_checkpoint` and `convert` read
+    everything else.
 
     Attributes:
         visual: The video tower.
@@ -66,6 +82,18 @@ class DualEncoder(Towers):
             self.compile_blocks()
         self.logit_scale = nn.Parameter(torch.empty(1))
         self._init_logit_scale()
+
+    @classmethod
+    def _from_pretrained(cls, *, config: Any = None, **how: Any) -> DualEncoder:
+        """Build the model of a repository's `config.json`, then let the mixin read its weights."""
+        if isinstance(config, dict):
+            config = _config_of(config)
+        if not isinstance(config, DualEncoderConfig):
+            raise ValueError(
+                f"{how.get('model_id')} has no config.json of this project; other checkpoints are "
+                "read with `eva02-at convert --input hf:ORG/NAME/FILE`"
+            )
+        return super()._from_pretrained(config=config, **how)
 
     def init_weights(self) -> None:
         """Initialise every parameter anew."""
@@ -107,6 +135,16 @@ class DualEncoder(Towers):
         """
         scale = _ClampInward.apply(self.logit_scale).exp()
         return self.encode_video(video), self.encode_text(tokens), scale
+
+
+def _config_of(content: dict[str, Any]) -> DualEncoderConfig:
+    """What `save_pretrained` wrote as `config.json`, or `eva02-at convert`."""
+    fields = dict(content.get("model", content))
+    try:
+        vision, text = VisionConfig(**fields.pop("vision")), TextConfig(**fields.pop("text"))
+        return DualEncoderConfig(vision, text, **fields)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"config.json describes no DualEncoder: {error}") from None
 
 
 def _normalize(features: Tensor) -> Tensor:

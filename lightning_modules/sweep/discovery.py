@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_modules.checkpoints.hub import fetch, is_on_hub
 from lightning_modules.checkpoints.source import (
     CheckpointSource,
     complete_checkpoints,
@@ -42,6 +43,8 @@ def find_checkpoints(
         # Path.glob takes no absolute patterns
         names = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]  # noqa: PTH207
         paths = [path for path in map(Path, names) if path.exists()]
+        if is_on_hub(pattern):
+            paths = [fetch(pattern)]
         if not paths and not may_be_missing:
             raise ValueError(f"no checkpoint matches {pattern!r}")
         for path in paths:
@@ -80,14 +83,14 @@ def plan_cells(
         for benchmark in benchmarks:
             told = json.dumps([content, list(read), list(benchmark)])
             key = hashlib.sha256(told.encode()).hexdigest()[:KEY_DIGITS]
-            path = str(source.path.resolve())
+            path = str(source.path.absolute())  # unresolved: the Hub's cache is links to blobs
             cells.append(Cell(key, path, run, step, content, tuple(read), benchmark))
     return cells
 
 
 def _run_and_step(source: CheckpointSource) -> tuple[str, int | None]:
     """A checkpoint of a run is known by the run's folder; any other file by its own name."""
-    path = source.path.resolve()
+    path = source.path.absolute()
     if source.manifest is not None:
         folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
         return _shown(folder), source.step

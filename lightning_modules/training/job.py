@@ -15,6 +15,7 @@ import torch
 
 from datamodules.files import write_atomically
 from datamodules.stream.stores import is_remote, local_path
+from lightning_modules.checkpoints.hub import is_on_hub
 from lightning_modules.packaged import folder
 from lightning_modules.training.recipe import RecipeCLI, build_cli
 from lightning_modules.training.run.checkpoint_store import CheckpointFolder
@@ -81,7 +82,7 @@ def _check_files(cli: RecipeCLI) -> str:
     if names:
         return f"goes on from {run_dir}, {names[0]}"
     weights = getattr(cli.model, "init_checkpoint", None)
-    if weights is not None and not Path(weights).exists():
+    if weights is not None and not is_on_hub(weights) and not Path(weights).exists():
         raise ValueError(f"model.init_checkpoint {weights} does not exist")
     return f"starts in {run_dir}" + (f", from {weights}" if weights else "")
 
