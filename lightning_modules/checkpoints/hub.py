@@ -87,23 +87,20 @@ def fetch(text: str | Path) -> Path:
     """
     address = HubAddress.parse(str(text))
     with _told(str(address)):
-        name, revision = address.file, address.revision
-        if name is None:
-            names, revision = _listing(address)
-            name = _only_weights(address, names)
+        name = address.file or _only_weights(address, _listing(address))
         wanted = [name, str(Path(name).with_suffix(".json")), CONFIG]
-        folder = snapshot_download(address.repo, revision=revision, allow_patterns=wanted)
+        folder = snapshot_download(address.repo, revision=address.revision, allow_patterns=wanted)
     path = Path(folder) / name
     if not path.is_file():
         raise ValueError(f"{address}: the repository has no file {name!r}")
     return path
 
 
-def _listing(address: HubAddress) -> tuple[list[str], str | None]:
-    """Names of the repository's files and the commit they are of; the cache's where offline."""
+def _listing(address: HubAddress) -> list[str]:
+    """Names of the repository's files; those in the cache where the Hub cannot be asked."""
     try:
         info = HfApi().model_info(address.repo, revision=address.revision)
-        return [file.rfilename for file in info.siblings or ()], info.sha
+        return [file.rfilename for file in info.siblings or ()]
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise
     except (OfflineModeIsEnabled, HTTPError) as error:
@@ -111,15 +108,15 @@ def _listing(address: HubAddress) -> tuple[list[str], str | None]:
         return _cached(address)
 
 
-def _cached(address: HubAddress) -> tuple[list[str], str]:
-    """The same of what the cache holds of this revision."""
+def _cached(address: HubAddress) -> list[str]:
+    """What the cache holds of this revision."""
     wanted = address.revision or "main"
     cache = Path(constants.HF_HUB_CACHE)
     for repository in scan_cache_dir(cache).repos if cache.is_dir() else ():
         for known in repository.revisions if repository.repo_id == address.repo else ():
             if wanted in known.refs or wanted == known.commit_hash:
                 root = known.snapshot_path
-                return [str(file.file_path.relative_to(root)) for file in known.files], root.name
+                return [str(file.file_path.relative_to(root)) for file in known.files]
     raise LocalEntryNotFoundError(f"{address} is not in the cache")
 
 
