@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_modules.cli.demo import Demo
 from lightning_modules.cli.main import main
+from lightning_modules.demo.run import Demo
 from lightning_modules.demo.world import WorldOptions
 
 FASTEST = (
