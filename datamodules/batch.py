@@ -46,6 +46,9 @@ class ClipBatch(_TensorFields):
         text_verb_classes: (B, V) int64 verb class ids of the narration.
         text_noun_classes: (B, N) int64 noun class ids of the narration.
         keys: B sample keys, for error messages and health reports.
+        even: Whoever made the batch guarantees that every rank's of this step has as many pairs, so
+            that nobody need ask.
+        same_text_widths: And that the texts' class ids have as many columns.
     """
 
     video: Tensor
@@ -59,6 +62,8 @@ class ClipBatch(_TensorFields):
     text_verb_classes: Tensor
     text_noun_classes: Tensor
     keys: list[str]
+    even: bool = False
+    same_text_widths: bool = False
 
     def __len__(self) -> int:
         return self.video.shape[0]
@@ -86,9 +91,9 @@ class TextBatch(_TensorFields):
         return self.tokens.shape[0]
 
 
-def pad_class_ids(rows: list[list[int]]) -> Tensor:
-    """Stack ragged lists of class ids into (B, max(1, longest)) int64, padded with -1."""
-    width = max(1, max((len(row) for row in rows), default=1))
+def pad_class_ids(rows: list[list[int]], width: int = 1) -> Tensor:
+    """Stack ragged lists of class ids into (B, max(width, longest)) int64, padded with -1."""
+    width = max(width, max((len(row) for row in rows), default=1))
     padded = torch.full((len(rows), width), -1, dtype=torch.int64)
     for row, ids in zip(padded, rows, strict=True):
         row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)

@@ -202,15 +202,17 @@ class StreamDataModule(LightningDataModule):
         if self._prefetcher is None:
             self._prefetcher = self._make_prefetcher()
         self.fault_monitor = FaultMonitor(self.num_workers, self.max_fault_rate)
+        choose_text = self.choose_text()
         stream = TrainStream(
             reader,
             self.order,
             self.clip_options,
-            self.choose_text(),
+            choose_text,
             self.fault_monitor,
             rank * micro_batches,
             num_parts,
             self._watch(self.corpus),
+            getattr(choose_text, "text_widths", None),
         )
         return self._loader(stream, self._train_places, self.batches_per_epoch, reader)
 

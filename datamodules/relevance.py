@@ -73,6 +73,8 @@ def _share_a_verb(left: Tensor, right: Tensor) -> Tensor:
 
 def _overlap(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Sizes of the intersections and unions of rows' id sets, each (B_left, B_right) float32."""
+    if left.is_cuda:
+        return compared_overlap(left, right)
     # Only ids that occur get a column, so that ids may be as large as they like.
     ids, columns = torch.unique(torch.cat([left.flatten(), right.flatten()]), return_inverse=True)
     hot = torch.zeros(len(left) + len(right), len(ids), device=left.device)
@@ -84,3 +86,23 @@ def _overlap(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     shared = left_hot @ right_hot.T
     union = left_hot.sum(1)[:, None] + right_hot.sum(1)
     return shared, union.sub_(shared)
+
+
+def compared_overlap(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """`_overlap` by comparing ids, whose results have sizes that no id decides.
+
+    How many ids occur is a number that the host would have to wait for on a GPU. A batch's rows
+    are few and short enough for comparisons; a test set's are not.
+    """
+    left, right = _distinct(left, -2), _distinct(right, -1)
+    shared = torch.zeros(len(left), len(right), device=left.device)
+    for column in left.unbind(1):
+        shared += (column[:, None, None] == right).any(dim=2)
+    union = (left >= 0).sum(1)[:, None] + (right >= 0).sum(1)
+    return shared, union - shared
+
+
+def _distinct(ids: Tensor, filler: int) -> Tensor:
+    """Ids with `filler` for padding, and for what stands in the same row before."""
+    repeated = (ids[:, :, None] == ids[:, None, :]).tril(-1).any(dim=2)
+    return ids.masked_fill((ids < 0) | repeated, filler)

@@ -34,6 +34,13 @@ class NarrationMiner:
         self._by_verb = _rows_by_class([s.verb_classes for s in sentences])
         self._by_noun = _rows_by_class([s.noun_classes for s in sentences])
 
+    @property
+    def text_widths(self) -> tuple[int, int]:
+        """Most verb classes and most noun classes of a sentence, at least 1."""
+        verbs = max((len(s.verb_classes) for s in self.sentences), default=1)
+        nouns = max((len(s.noun_classes) for s in self.sentences), default=1)
+        return max(1, verbs), max(1, nouns)
+
     def candidates(self, record: ClipRecord) -> IntArray:
         """Rows of the sentences that are relevant enough for a clip, ascending."""
         same_verb = self._count(self._by_verb, record.verb_classes) > 0

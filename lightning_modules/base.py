@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from datamodules.batch import ClipBatch, TextBatch
 from datamodules.manifest import ClipRecord
@@ -64,6 +66,24 @@ class TrainedModule(EvaluatedModule):
     def configure_optimizers(self) -> Any:
         """Build the optimiser and its per-step schedule over the whole run."""
         return configure_optimizers(self, self.model, self.optimizer_config)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the Trainer says, a fused optimiser's gradients too.
+
+        Lightning refuses those under autocast of any type; but only fp16's are scaled, and not yet
+        unscaled where a fused optimiser does that itself.
+        """
+        plugin = self.trainer.precision_plugin
+        if not isinstance(plugin, MixedPrecision) or plugin.scaler is not None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        algorithm = GradClipAlgorithmType((gradient_clip_algorithm or "norm").lower())
+        Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
 
 
 class DualEncoderModule(TrainedModule):
@@ -127,7 +147,7 @@ class DualEncoderModule(TrainedModule):
         zero gives it a gradient of zero, so that neither DDP nor ZeRO meets an unused parameter;
         freezing it instead breaks the resume of ZeRO 3 (its strict state dict).
         """
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=batch_size)
+        self.log("train/loss", loss.detach(), batch_size=batch_size)
         return loss + 0.0 * logit_scale.float().sum()
 
     def predict_step(

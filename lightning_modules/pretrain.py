@@ -19,9 +19,8 @@ class PretrainModule(DualEncoderModule):
         """Return the contrastive loss over the global batch."""
         video, text, logit_scale = self(batch)
         if isinstance(self.loss, EgoNCELoss):
-            loss = self.loss(
-                video, text, batch.verb_classes, batch.noun_classes, logit_scale=logit_scale
-            )
+            classes = batch.verb_classes, batch.noun_classes
+            loss = self.loss(video, text, *classes, logit_scale=logit_scale, even=batch.even)
         else:
-            loss = self.loss(video, text, logit_scale=logit_scale)
+            loss = self.loss(video, text, logit_scale=logit_scale, even=batch.even)
         return self.log_loss(loss, logit_scale, len(batch))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,7 @@ class RecognitionModule(TrainedModule):
         self.register_buffer("verb_of_action", verbs, persistent=False)
         self.register_buffer("noun_of_action", nouns, persistent=False)
         self.register_buffer("action_table", table, persistent=False)
+        self._host_table = table
         self.model = VideoClassifier(model.resolve(), len(actions))
         self.label_smoothing = label_smoothing
 
@@ -86,7 +88,7 @@ class RecognitionModule(TrainedModule):
         loss = F.cross_entropy(
             self(batch), self._actions(batch), label_smoothing=self.label_smoothing
         )
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
+        self.log("train/loss", loss.detach(), batch_size=len(batch))
         return loss
 
     def predict_step(
@@ -97,16 +99,29 @@ class RecognitionModule(TrainedModule):
             return None
         return {"logits": self(batch)[batch.mask], "index": batch.clip_index[batch.mask]}
 
-    def _actions(self, batch: ClipBatch) -> Tensor:
-        """(B,) the clips' actions.
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Refuse clips of unknown actions to train on, while the batch is on the host.
 
         Raises:
             ValueError: A clip has none of the annotations' actions.
         """
+        if self.trainer.training and isinstance(batch, ClipBatch):
+            self._actions(batch, self._host_table)
+        return batch
+
+    def _actions(self, batch: ClipBatch, table: Tensor | None = None) -> Tensor:
+        """(B,) the clips' actions; looked at on the host only, which would wait for the device.
+
+        Raises:
+            ValueError: A clip has none of the annotations' actions.
+        """
+        table = self.action_table if table is None else table
         verbs, nouns = batch.verb_classes[:, 0], batch.noun_classes[:, 0]  # the main noun is first
-        rows, columns = self.action_table.shape
+        if verbs.is_cuda:
+            return table[verbs, nouns]  # padding's -1 counts from the end, and is masked
+        rows, columns = table.shape
         known = (verbs >= 0) & (verbs < rows) & (nouns >= 0) & (nouns < columns)
-        actions = torch.where(known, self.action_table[verbs % rows, nouns % columns], -1)
+        actions = torch.where(known, table[verbs % rows, nouns % columns], -1)
         if (actions[batch.mask] < 0).any():
             first = int((batch.mask & (actions < 0)).nonzero()[0])
             raise ValueError(

@@ -7,7 +7,7 @@ from torch import Tensor
 from datamodules.batch import ClipBatch
 from datamodules.relevance import relevance_matrix
 from lightning_modules.base import DualEncoderModule
-from lightning_modules.losses import gather_no_gradient
+from lightning_modules.losses import gather_ids
 
 
 class RetrievalModule(DualEncoderModule):
@@ -20,11 +20,13 @@ class RetrievalModule(DualEncoderModule):
 
     def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
         """Return the retrieval loss over the global batch."""
-        video, text, logit_scale = self(batch)
-        relevance = relevance_matrix(  # (B_local, B_global): this rank's clips, everybody's texts
-            batch.verb_classes,
-            batch.noun_classes,
-            gather_no_gradient(batch.text_verb_classes),
-            gather_no_gradient(batch.text_noun_classes),
+        texts = gather_ids(  # on their way while the towers run
+            (batch.text_verb_classes, batch.text_noun_classes),
+            even=batch.even,
+            same_widths=batch.same_text_widths,
         )
-        return self.log_loss(self.loss(video, text, relevance), logit_scale, len(batch))
+        video, text, logit_scale = self(batch)
+        # (B_local, B_global): this rank's clips, everybody's texts
+        relevance = relevance_matrix(batch.verb_classes, batch.noun_classes, *texts())
+        loss = self.loss(video, text, relevance, even=batch.even)
+        return self.log_loss(loss, logit_scale, len(batch))

@@ -35,7 +35,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "lightning_modules.packaged": (),
     "lightning_modules.sharing": ("lightning_modules.checkpoints", "lightning_modules.sweep.table"),
     "lightning_modules.models": ("kernels",),
-    "lightning_modules.losses": (),
+    "lightning_modules.collectives": (),
+    "lightning_modules.losses": ("lightning_modules.collectives",),
     "lightning_modules.metrics": (),
     "lightning_modules.checkpoints": (
         "datamodules.files",
@@ -43,6 +44,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "lightning_modules.training.run.checkpoint_store",
     ),
     "lightning_modules.training.optim": (
+        "lightning_modules.collectives",
         "lightning_modules.training.run.checkpoint_store",
         "lightning_modules.training.run.private",
     ),
@@ -117,6 +119,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
 }
 THIRD_PARTY = {
+    "lightning_modules.collectives": {"torch"},
     "lightning_modules.losses": {"torch"},
     "lightning_modules.metrics": {"torch", "torchmetrics"},
 }

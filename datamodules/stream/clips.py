@@ -118,6 +118,8 @@ class TrainStream(Dataset):
         part: This rank's first part of each global batch.
         num_parts: Ranks x micro-batches.
         watch: Knows what is being decoded, and what is not to be.
+        text_widths: Verb and noun classes of the text that has most of each, where that is known:
+            every batch then has as many columns, and ranks need not ask each other.
     """
 
     def __init__(
@@ -130,12 +132,14 @@ class TrainStream(Dataset):
         part: int,
         num_parts: int,
         watch: DecodeWatch | None = None,
+        text_widths: tuple[int, int] | None = None,
     ) -> None:
         self.reader, self.order, self.options = reader, order, options
         self.choose_text, self.monitor = choose_text, monitor
         self.part, self.num_parts = part, num_parts
         self.watch = watch or DecodeWatch(0, math.inf)
         self.decoders = _decoders(reader, options)
+        self.text_widths = text_widths
         self.tokenizer = Tokenizer(pad_to_multiple_of=16)
         self._epoch: EpochOrder | None = None
 
@@ -155,7 +159,9 @@ class TrainStream(Dataset):
                 slots.lane, slots.position, slots.sample_index, strict=True
             )
         ]
-        return collate(items, self.tokenizer)
+        batch = collate(items, self.tokenizer, self.text_widths or (1, 1))
+        batch.even, batch.same_text_widths = True, self.text_widths is not None
+        return batch
 
     def _fill(self, epoch: EpochOrder, lane: int, position: int, sample_index: int) -> _Item:
         """Return the sample of a place or, if it is damaged, the next good one of its lane."""
@@ -286,8 +292,18 @@ class EvalSentences(Dataset):
         )
 
 
-def collate(items: Sequence[_Item], tokenizer: Callable[[Sequence[str]], Tensor]) -> ClipBatch:
-    """Stack pairs into a batch; rows without a clip (index -1) are masked."""
+def collate(
+    items: Sequence[_Item],
+    tokenizer: Callable[[Sequence[str]], Tensor],
+    text_widths: tuple[int, int] = (1, 1),
+) -> ClipBatch:
+    """Stack pairs into a batch; rows without a clip (index -1) are masked.
+
+    Args:
+        items: The pairs.
+        tokenizer: Texts to ids.
+        text_widths: Least columns of the texts' verb and noun classes.
+    """
     clip_index = torch.tensor([item.clip_index for item in items])
     own = [item.narration.text_index < 0 for item in items]
     return ClipBatch(
@@ -304,7 +320,11 @@ def collate(items: Sequence[_Item], tokenizer: Callable[[Sequence[str]], Tensor]
         mask=clip_index >= 0,
         verb_classes=pad_class_ids([list(item.record.verb_classes) for item in items]),
         noun_classes=pad_class_ids([list(item.record.noun_classes) for item in items]),
-        text_verb_classes=pad_class_ids([list(item.narration.verb_classes) for item in items]),
-        text_noun_classes=pad_class_ids([list(item.narration.noun_classes) for item in items]),
+        text_verb_classes=pad_class_ids(
+            [list(item.narration.verb_classes) for item in items], text_widths[0]
+        ),
+        text_noun_classes=pad_class_ids(
+            [list(item.narration.noun_classes) for item in items], text_widths[1]
+        ),
         keys=[item.key for item in items],
     )

@@ -1,7 +1,7 @@
 """Training losses over the global batch, as plain torch."""
 
 from lightning_modules.losses.contrastive import EgoNCELoss, InfoNCELoss
-from lightning_modules.losses.gather import gather_no_gradient, gather_with_gradient
+from lightning_modules.losses.gather import gather_ids, gather_no_gradient, gather_with_gradient
 from lightning_modules.losses.margin import (
     AdaptiveMaxMarginLoss,
     HardLabelMultiSimilarityLoss,
@@ -16,6 +16,7 @@ __all__ = [
     "InfoNCELoss",
     "MaxMarginLoss",
     "SymmetricMultiSimilarityLoss",
+    "gather_ids",
     "gather_no_gradient",
     "gather_with_gradient",
 ]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.losses.blockwise import blockwise_sum, checked_pairs
-from lightning_modules.losses.gather import GlobalBatch, gather_no_gradient
+from lightning_modules.losses.gather import GlobalBatch, gather_ids
 
 # (logits (block, B_global), place of the block's first anchor in the global batch) -> summed loss
 AnchorLoss = Callable[[Tensor, int], Tensor]
@@ -39,11 +39,16 @@ class _ContrastiveLoss(nn.Module):
         self.gather = gather
 
     def _mean_over_anchors(
-        self, video: Tensor, text: Tensor, logit_scale: Tensor | None, anchor_loss: AnchorLoss
+        self,
+        video: Tensor,
+        text: Tensor,
+        logit_scale: Tensor | None,
+        even: bool,
+        anchor_loss: AnchorLoss,
     ) -> Tensor:
         video, text = checked_pairs(video, text)
         scale = self._scale(logit_scale)
-        batch = GlobalBatch.of(video, self.gather)
+        batch = GlobalBatch.of(video, self.gather, even)
         every_video, every_text = batch.gather(torch.cat([video, text], dim=1)).chunk(2, dim=1)
 
         def block_loss(logits: Tensor, start: int) -> Tensor:
@@ -75,7 +80,14 @@ class InfoNCELoss(_ContrastiveLoss):
         gather: `False` contrasts within each rank's own batch only.
     """
 
-    def forward(self, video: Tensor, text: Tensor, logit_scale: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        video: Tensor,
+        text: Tensor,
+        logit_scale: Tensor | None = None,
+        *,
+        even: bool = False,
+    ) -> Tensor:
         """Return the scalar loss.
 
         Args:
@@ -83,6 +95,7 @@ class InfoNCELoss(_ContrastiveLoss):
             text: (B_local, E), L2-normalised; row b is the partner of video b.
             logit_scale: exp of the learnable scale, 1/temperature; one element. Not used where
                 the temperature is fixed.
+            even: Every rank's batch has this one's size (see `lightning_modules.losses.gather`).
 
         Raises:
             ValueError: Shapes do not match, or there is no temperature at all.
@@ -92,7 +105,7 @@ class InfoNCELoss(_ContrastiveLoss):
             partners = torch.arange(first, first + len(logits), device=logits.device)
             return F.cross_entropy(logits, partners, reduction="sum")
 
-        return self._mean_over_anchors(video, text, logit_scale, own_partner)
+        return self._mean_over_anchors(video, text, logit_scale, even, own_partner)
 
 
 class EgoNCELoss(_ContrastiveLoss):
@@ -115,6 +128,8 @@ class EgoNCELoss(_ContrastiveLoss):
         verb_classes: Tensor,
         noun_classes: Tensor,
         logit_scale: Tensor | None = None,
+        *,
+        even: bool = False,
     ) -> Tensor:
         """Return the scalar loss.
 
@@ -125,6 +140,7 @@ class EgoNCELoss(_ContrastiveLoss):
                 between ranks.
             noun_classes: (B_local, N) noun class ids of the pairs, padded with -1.
             logit_scale: As in `InfoNCELoss`.
+            even: As in `InfoNCELoss`. The widths of the ids are exchanged all the same.
 
         Raises:
             ValueError: Shapes do not match, or there is no temperature at all.
@@ -136,7 +152,7 @@ class EgoNCELoss(_ContrastiveLoss):
                     f"B = {len(video)}, rows padded with -1"
                 )
         if self.gather:
-            verb_classes, noun_classes = map(gather_no_gradient, (verb_classes, noun_classes))
+            verb_classes, noun_classes = gather_ids((verb_classes, noun_classes), even=even)()
         share_verb, share_noun = _sharing(verb_classes), _sharing(noun_classes)
 
         def any_positive(logits: Tensor, first: int) -> Tensor:
@@ -146,17 +162,33 @@ class EgoNCELoss(_ContrastiveLoss):
             of_positives = logits.masked_fill(~positive, -torch.inf).logsumexp(1)
             return (logits.logsumexp(1) - of_positives).sum()
 
-        return self._mean_over_anchors(video, text, logit_scale, any_positive)
+        return self._mean_over_anchors(video, text, logit_scale, even, any_positive)
 
 
 def _sharing(ids: Tensor) -> Callable[[slice], Tensor]:
     """From (B, V) ids padded with -1: rows -> (rows, B) bool, whether any class is shared.
 
     An item has one or two classes of hundreds, so the rows of those few in a (classes, B) table
-    are far less work than a product of indicator matrices.
+    are far less work than a product of indicator matrices. On a GPU ids are compared instead: how
+    many classes occur is a number that the host would have to wait for.
     """
+    if ids.is_cuda:
+        return compared_sharing(ids)
     classes, columns = torch.unique(ids, return_inverse=True)
     members = torch.zeros(len(classes), len(ids), dtype=torch.bool, device=ids.device)
     members[columns, torch.arange(len(ids), device=ids.device)[:, None]] = True
     members[classes < 0] = False
     return lambda rows: members[columns[rows]].any(dim=1)
+
+
+def compared_sharing(ids: Tensor) -> Callable[[slice], Tensor]:
+    """`_sharing` by comparing ids."""
+    own = ids.masked_fill(ids < 0, -2)  # padding shares nothing
+
+    def rows_sharing(rows: slice) -> Tensor:
+        shared = torch.zeros(len(own[rows]), len(ids), dtype=torch.bool, device=ids.device)
+        for column in own[rows].unbind(1):
+            shared |= (column[:, None, None] == ids).any(dim=2)
+        return shared
+
+    return rows_sharing

@@ -50,7 +50,9 @@ class _MarginLoss(nn.Module, ABC):
             Penalties of the shape of `gap`.
         """
 
-    def forward(self, video: Tensor, text: Tensor, relevance: Tensor) -> Tensor:
+    def forward(
+        self, video: Tensor, text: Tensor, relevance: Tensor, *, even: bool = False
+    ) -> Tensor:
         """Return the scalar loss.
 
         Args:
@@ -61,12 +63,13 @@ class _MarginLoss(nn.Module, ABC):
                 the whole (B_global, B_global) on every rank; global order is that of ranks. With
                 class ids: `relevance_matrix(verbs, nouns, gather_no_gradient(text_verbs),
                 gather_no_gradient(text_nouns))`.
+            even: Every rank's batch has this one's size (see `lightning_modules.losses.gather`).
 
         Raises:
             ValueError: Shapes do not match.
         """
         video, text = checked_pairs(video, text)
-        batch = GlobalBatch.of(video, self.gather)
+        batch = GlobalBatch.of(video, self.gather, even)
         relevance = _own_rows(relevance, len(video), batch)
         partners = torch.stack([(video * text).sum(1), relevance.diagonal(batch.first)], dim=1)
         every_text, partners = batch.gather(torch.cat([text, partners], dim=1)).split(
@@ -194,6 +197,8 @@ class HardLabelMultiSimilarityLoss(SymmetricMultiSimilarityLoss):
     def __init__(self, margin: float = 0.3, relaxation: float = 0.1, gather: bool = True) -> None:
         super().__init__(margin, relaxation, threshold=0.5, gather=gather)
 
-    def forward(self, video: Tensor, text: Tensor, relevance: Tensor) -> Tensor:
+    def forward(
+        self, video: Tensor, text: Tensor, relevance: Tensor, *, even: bool = False
+    ) -> Tensor:
         """As `SymmetricMultiSimilarityLoss`, with relevance > 0 meaning "is a label of"."""
-        return super().forward(video, text, relevance > 0)
+        return super().forward(video, text, relevance > 0, even=even)

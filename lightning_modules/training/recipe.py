@@ -172,6 +172,8 @@ def build_cli(words: list[str]) -> RecipeCLI:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     warnings.filterwarnings("ignore", message="The number of training batches")
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+    # A check on the host; the datamodules have no such hook.
+    warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
     # Metrics are computed over all ranks before they are logged.
     warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\('(val|test)/")
     with warnings.catch_warnings():

@@ -6,7 +6,7 @@ import pytest
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lightning_modules.training.recipe import build_cli
-from lightning_modules.training.run.strategies import ZeroStrategy
+from lightning_modules.training.run.strategies import ZeroStrategy, bucket_elements
 
 FOLDER = Path(__file__).parents[2] / "configs" / "strategy"
 ZERO = {
@@ -43,3 +43,20 @@ def test_a_zero_file(recipe, name):
 def test_the_plain_files(recipe):
     assert isinstance(build(recipe, "ddp"), DDPStrategy)
     assert isinstance(build(recipe, "single"), SingleDeviceStrategy)
+
+
+@pytest.mark.parametrize("given", ["fp32", "bf16"])
+def test_gradients_are_summed_in_the_type_that_is_named(recipe, given):
+    words = ["--config", str(recipe), "--config", str(FOLDER / "zero2.yaml")]
+    words += ["--trainer.logger=false"]
+    if given != "fp32":  # the default, as DDP does
+        words += [f"--trainer.strategy.init_args.communication_data_type={given}"]
+    strategy = build_cli(words).trainer.strategy
+    assert strategy.config["communication_data_type"] == given
+
+
+def test_buckets_hold_a_part_of_the_model():
+    """Whole models in one bucket are reduced when the backward pass is over."""
+    assert bucket_elements(149_553_665) == 18_694_210  # B/16: eight of them
+    assert bucket_elements(428_000_000) == 50_000_000
+    assert bucket_elements(3) == 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from datamodules.batch import pad_class_ids
-from datamodules.relevance import relevance_matrix
+from datamodules.relevance import _overlap, compared_overlap, relevance_matrix
 
 
 def slow(verbs, nouns, text_verbs, text_nouns):
@@ -69,3 +69,13 @@ def test_rows_that_do_not_belong_together_are_refused():
         relevance_matrix([1, 2], [[3]])
     with pytest.raises(ValueError, match="given together"):
         relevance_matrix([1], [[3]], [1])
+
+
+def test_comparing_ids_counts_as_the_product_of_indicators_does():
+    """What runs on a GPU, where the number of distinct ids would have to be waited for."""
+    draw = torch.Generator().manual_seed(0)
+    for rows, width, other_rows, other_width in ((1, 1, 1, 1), (5, 3, 7, 2), (40, 6, 23, 5)):
+        left = torch.randint(-1, 9, (rows, width), generator=draw)
+        right = torch.randint(-1, 9, (other_rows, other_width), generator=draw)
+        for got, expected in zip(compared_overlap(left, right), _overlap(left, right), strict=True):
+            assert got.dtype == torch.float32 and torch.equal(got, expected)

@@ -13,6 +13,7 @@ from lightning_modules.losses import (
     InfoNCELoss,
     MaxMarginLoss,
     SymmetricMultiSimilarityLoss,
+    gather_ids,
     gather_no_gradient,
     gather_with_gradient,
 )
@@ -53,7 +54,7 @@ def global_batch(size: int):
     return clips, tokens, verbs, nouns, relevance
 
 
-def step(name: str, model: nn.Module, rows: slice, size: int):
+def step(name: str, model: nn.Module, rows: slice, size: int, even: bool = False):
     """One forward and backward of a rank's rows; returns the loss and all parameter gradients."""
     clips, tokens, verbs, nouns, relevance = global_batch(size)
     video, text, scale = model(clips[rows], tokens[rows])
@@ -62,27 +63,29 @@ def step(name: str, model: nn.Module, rows: slice, size: int):
         width = 3 if rows.start == 0 else 2
         nouns = torch.cat([nouns[:4], nouns[4:].clone()])
         nouns[4:, 2] = -1
-        loss = LOSSES[name](video, text, verbs[rows], nouns[rows, :width])
+        loss = LOSSES[name](video, text, verbs[rows], nouns[rows, :width], even=even)
     elif name.startswith("info"):
-        loss = LOSSES[name](video, text, logit_scale=scale)
+        loss = LOSSES[name](video, text, logit_scale=scale, even=even)
     else:
-        loss = LOSSES[name](video, text, relevance[rows] if name == "sms_rows" else relevance)
+        soft = relevance[rows] if name == "sms_rows" else relevance
+        loss = LOSSES[name](video, text, soft, even=even)
     (loss + 0 * scale.sum()).backward()
     return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]
 
 
-def all_losses_of_a_rank(rank: int, sizes: list[int]):
+def all_losses_of_a_rank(rank: int, sizes: list[int], even: bool):
     start = sum(sizes[:rank])
     rows = slice(start, start + sizes[rank])
     return {
-        name: step(name, DistributedDataParallel(Encoder()), rows, sum(sizes)) for name in LOSSES
+        name: step(name, DistributedDataParallel(Encoder()), rows, sum(sizes), even)
+        for name in LOSSES
     }
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("sizes", [[4, 3], [4, 0, 1]])
-def test_ranks_equal_one_process(sizes):
-    ranks = run_ranks(len(sizes), all_losses_of_a_rank, sizes)
+@pytest.mark.parametrize(("sizes", "even"), [([4, 3], False), ([4, 0, 1], False), ([4, 4], True)])
+def test_ranks_equal_one_process(sizes, even):
+    ranks = run_ranks(len(sizes), all_losses_of_a_rank, sizes, even)
     total = sum(sizes)
     for name in LOSSES:
         loss, gradients = step(name, Encoder(), slice(0, total), total)
@@ -134,20 +137,25 @@ def gathered_on_a_rank(rank: int):
     weights = torch.arange(1.0, 6)[:, None] * (rank + 1)
     (gathered * weights).sum().backward()
     ids = torch.full((sizes[rank], rank + 1), rank, dtype=torch.int64)
-    return gathered.detach(), rows.grad, gather_no_gradient(ids)
+    both = gather_ids((ids, torch.full((sizes[rank], 2), 9, dtype=torch.int64)))()
+    same = gather_ids((torch.full((2, 1), rank), ids.new_zeros(2, 3)), even=True, same_widths=True)
+    return gathered.detach(), rows.grad, gather_no_gradient(ids), both, same()
 
 
 @pytest.mark.distributed
 def test_gathering_uneven_rows_keeps_order_and_sums_gradients():
     results = run_ranks(3, gathered_on_a_rank)
-    for gathered, _, ids in results:
+    for gathered, _, ids, both, same in results:
+        assert torch.equal(both[0], ids) and both[1].tolist() == [[9, 9]] * 5
+        assert same[0].flatten().tolist() == [0, 0, 1, 1, 2, 2] and same[1].shape == (6, 3)
         assert gathered[:, 0].tolist() == [1, 1, 3, 3, 3]
         assert ids.tolist() == [[0, -1, -1], [0, -1, -1], [2, 2, 2], [2, 2, 2], [2, 2, 2]]
     # 1 + 2 + 3 = 6 ranks' weights on each row
-    assert [grad[:, 0].tolist() for _, grad, _ in results] == [[6, 12], [], [18, 24, 30]]
+    assert [grad[:, 0].tolist() for _, grad, *_ in results] == [[6, 12], [], [18, 24, 30]]
 
 
 def test_one_process_gathers_nothing():
     rows = torch.ones(2, 3)
     assert gather_with_gradient(rows) is rows
     assert gather_no_gradient(rows) is rows
+    assert gather_ids((rows,))()[0] is rows

@@ -16,6 +16,7 @@ from lightning_modules.losses import (
     SymmetricMultiSimilarityLoss,
     blockwise,
 )
+from lightning_modules.losses.contrastive import _sharing, compared_sharing
 from lightning_modules.losses.gather import GlobalBatch
 from lightning_modules.losses.margin import _own_rows
 
@@ -246,3 +247,12 @@ def test_a_frozen_tower_gets_no_gradient():
 def test_bad_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(*pairs(5))
+
+
+def test_comparing_ids_finds_the_classes_that_the_table_finds():
+    """EgoNCE's positives on a GPU, where the number of classes would have to be waited for."""
+    ids = torch.randint(-1, 6, (30, 3), generator=torch.Generator().manual_seed(0))
+    for rows in (slice(0, 30), slice(7, 9)):
+        got, expected = compared_sharing(ids)(rows), _sharing(ids)(rows)
+        assert expected.any() and not expected.all()
+        assert torch.equal(got, expected)

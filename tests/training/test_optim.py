@@ -1,5 +1,6 @@
 """Optimisers: groups, schedule values, LAMB against a hand-written step, step counts."""
 
+import contextlib
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from lightning_modules.training.optim.optimizers import (
     build_optimizers,
     optimizer_steps_per_epoch,
     parameter_groups,
+    refuse_low_precision,
     total_optimizer_steps,
 )
 from lightning_modules.training.optim.schedules import LearningRateFactor
@@ -171,6 +173,42 @@ def test_lamb_moves_a_parameter_that_is_still_zero():
     assert weight.tolist() == pytest.approx([-0.1] * 3, rel=1e-6)
 
 
+@pytest.mark.parametrize("lot", [2**26, 12])
+def test_lamb_of_many_parameters_is_lamb_of_each(monkeypatch, lot):
+    """They go through each operation together, and come out as they would alone, to the bit."""
+    monkeypatch.setattr("lightning_modules.training.optim.lamb._LOT_ELEMENTS", lot)
+    torch.manual_seed(0)
+    start = [torch.randn(size) for size in (3, 7, 1, 20, 5)]
+
+    def run(groups_of):
+        params = [nn.Parameter(weight.clone()) for weight in start]
+        decays = [0.1, 0.0, 0.1, 0.1, 0.0]
+        optimizers = [Lamb(groups, lr=0.05) for groups in groups_of(params, decays)]
+        for step in range(4):
+            for number, param in enumerate(params):
+                late = number == 2 and step == 0  # its step count lags behind
+                param.grad = None if late else torch.cos(param.detach() + step + number)
+            for optimizer in optimizers:
+                optimizer.step()
+        return params
+
+    def together(params, decays):
+        groups = [
+            {
+                "params": [p for p, d in zip(params, decays, strict=True) if d == w],
+                "weight_decay": w,
+            }
+            for w in (0.1, 0.0)
+        ]
+        return [groups]
+
+    def apart(params, decays):
+        return [[{"params": [p], "weight_decay": d}] for p, d in zip(params, decays, strict=True)]
+
+    for mine, alone in zip(run(together), run(apart), strict=True):
+        assert torch.equal(mine, alone)
+
+
 def test_lamb_resumes_from_its_state():
     def run(steps, restart_at=None):
         torch.manual_seed(3)
@@ -214,3 +252,15 @@ def test_step_counts_follow_the_datamodule_limits_and_accumulation():
         optimizer_steps_per_epoch(_Trainer())
     assert total_optimizer_steps(_Trainer(max_steps=9, max_epochs=5), 3) == 9
     assert total_optimizer_steps(_Trainer(max_epochs=5), 3) == 15
+
+
+@pytest.mark.parametrize(("dtype", "refused"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_weights_of_16_bits_are_not_stepped(dtype, refused):
+    """What bf16-true makes of the module: 0.02 + 3e-5 is 0.02 there."""
+    model = Towers().to(dtype)
+    with (
+        pytest.raises(ValueError, match=r"bfloat16 .* bf16-mixed, or a ZeRO strategy")
+        if refused
+        else contextlib.nullcontext()
+    ):
+        refuse_low_precision(model, 3e-5)

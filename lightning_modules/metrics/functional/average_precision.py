@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.metrics.functional.ranking import descending_order, refuse_nan
+from lightning_modules.metrics.functional.repeatable import row_cumsum
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def charades_map(scores: Tensor, targets: Tensor) -> ClassAveragePrecision:
     order = descending_order(scores.T.contiguous())
     hits = targets.T.gather(1, order).double()
     ranks = torch.arange(1, len(scores) + 1, dtype=torch.float64, device=scores.device)
-    per_class = (hits * hits.cumsum(1) / ranks).sum(1) / hits.sum(1)
+    per_class = (hits * row_cumsum(hits) / ranks).sum(1) / hits.sum(1)
     counted = ~per_class.isnan()
     return ClassAveragePrecision(
         map=per_class[counted].mean().item(),

@@ -19,6 +19,7 @@ from lightning_modules.metrics.functional.ranking import (
     row_blocks,
     sort_ascending_,
 )
+from lightning_modules.metrics.functional.repeatable import row_cumsum, sum_by_group
 
 
 @dataclass(frozen=True)
@@ -259,9 +260,9 @@ def _score_queries(similarity: Tensor, relevance: Tensor, ranks: Tensor) -> tupl
     num_relevant = query.bincount(minlength=num_queries)
 
     def sum_by_query(values: Tensor, chosen: Tensor) -> Tensor:
-        return query[chosen].bincount(values[chosen], minlength=num_queries)
+        return sum_by_group(values[chosen], query[chosen], num_queries)
 
-    precision = ranked.cumsum(1)[query, place] / rank
+    precision = row_cumsum(ranked)[query, place] / rank
     exact = gain == 1
     average_precision = sum_by_query(precision, exact) / query[exact].bincount(
         minlength=num_queries

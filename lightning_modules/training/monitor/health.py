@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,17 @@ class NotFiniteError(RuntimeError):
     on_all_ranks = True  # so that a checkpoint under way can still be completed
 
 
+@dataclass
+class _Step:
+    """What a report on a step needs; tensors are read only where there is one."""
+
+    number: int
+    loss: Tensor | None
+    outputs: dict[str, Tensor]
+    keys: list[str]
+    skipped: Tensor | None = None
+
+
 class FiniteGuard(Callback):
     """Skip the optimiser step of a batch whose loss or gradient is not finite, or stop.
 
@@ -32,6 +44,10 @@ class FiniteGuard(Callback):
     computed over the global batch), with the keys of their batches. A skipped step counts as a
     step: the schedule and the order of the data go on. In fp16 the search for the loss scale
     shows up as skipped steps.
+
+    On a GPU the host does not wait for the verdict: fused AdamW leaves such a step out by itself,
+    on the device, and what happened is read and reported where the trainer logs, up to
+    `log_every_n_steps` later. No weight has changed by then.
 
     Args:
         policy: `skip` the step, or `stop` the run at the first one.
@@ -43,7 +59,10 @@ class FiniteGuard(Callback):
         self.skips = 0  # in a row
         self._skipped = False
         self._zero_skips = 0
+        self._global_step = -1
         self._loss: Tensor | None = None
+        self._flag: Tensor | None = None  # whether this step was skipped, on the device
+        self._unread: list[_Step] = []
         self._output_bad: dict[str, Tensor] = {}
         self._ranks: Ranks
 
@@ -85,7 +104,11 @@ class FiniteGuard(Callback):
         parameters = [p for p in pl_module.parameters() if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         pl_module.log("train/grad_norm", norm)
-        if not torch.isfinite(norm):
+        bad = ~torch.isfinite(norm)
+        if skips_by_itself(optimizer, trainer):
+            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+            self._flag = bad
+        elif bad:
             self._skipped = True
             for parameter in parameters:
                 parameter.grad = None
@@ -100,33 +123,73 @@ class FiniteGuard(Callback):
             self._zero_skips = strategy.skipped_steps
             norm = strategy.deepspeed_engine.get_global_grad_norm()
             if norm is not None:
-                pl_module.log("train/grad_norm", float(norm))
-        if not self._skipped:
+                pl_module.log("train/grad_norm", norm if isinstance(norm, Tensor) else float(norm))
+        if trainer.global_step == self._global_step:
+            return  # a mere accumulation
+        self._global_step = trainer.global_step
+        step = _Step(trainer.global_step - 1, self._loss, self._output_bad, batch_keys(batch))
+        if self._flag is None:
+            skipped, self._skipped = self._skipped, False
+            self._count(step, skipped)
+            return
+        step.skipped, self._flag = self._flag, None
+        self._unread.append(step)
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._read()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read what the epoch has left."""
+        self._read()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read what was skipped before the weights are judged."""
+        self._read()
+
+    def _read(self) -> None:
+        """Learn which of the last steps the optimiser left out; the only wait for the device."""
+        unread, self._unread = self._unread, []
+        if unread:
+            flags = torch.stack([step.skipped for step in unread if step.skipped is not None])
+            for step, skipped in zip(unread, flags.tolist(), strict=True):
+                self._count(step, skipped)
+
+    def _count(self, step: _Step, skipped: bool) -> None:
+        """Report a skipped step, and stop where the policy says so."""
+        if not skipped:
             self.skips = 0
             return
-        self._skipped = False
         self.skips += 1
-        told = self._report(trainer, batch)
+        told = self._report(step)
         if self.policy == "stop" or self.skips > self.max_skips:
             raise NotFiniteError(told)
         if self._ranks.rank == 0:
             log.warning("%s; step skipped (%d in a row)", told, self.skips)
 
-    def _report(self, trainer: Trainer, batch: Any) -> str:
+    def _report(self, step: _Step) -> str:
         own = {
-            "loss": float(self._loss) if self._loss is not None else float("nan"),
-            "outputs": [name for name, bad in self._output_bad.items() if bool(bad)],
-            "keys": batch_keys(batch),
+            "loss": float(step.loss) if step.loss is not None else float("nan"),
+            "outputs": [name for name, bad in step.outputs.items() if bool(bad)],
+            "keys": step.keys,
         }
         reports = self._ranks.gather(own)
-        first = next(iter(self._output_bad), None)  # the model runs before the loss
+        first = next(iter(step.outputs), None)  # the model runs before the loss
         culprits = [r for r, report in enumerate(reports) if first in report["outputs"]]
         lines = [
             f"rank {r}: loss {reports[r]['loss']}, batch {reports[r]['keys']}"
             for r in (culprits or range(len(reports)))
         ]
         what = "the model's output" if culprits else "the loss or its gradient"
-        return f"step {trainer.global_step - 1}: {what} is not finite on {'; '.join(lines)}"
+        return f"step {step.number}: {what} is not finite on {'; '.join(lines)}"
+
+
+def skips_by_itself(optimizer: Optimizer, trainer: Trainer) -> bool:
+    """True where a step can be left out on the device: PyTorch's fused AdamW, not under fp16.
+
+    fp16's loss scaling tells the optimiser itself. On the CPU there is nothing to wait for.
+    """
+    on_device = any(p.is_cuda for group in optimizer.param_groups for p in group["params"])
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    return on_device and not scaled and bool(optimizer.defaults.get("fused"))
 
 
 def batch_keys(batch: Any) -> list[str]:

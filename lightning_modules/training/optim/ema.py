@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lightning_modules.collectives import all_gather, on_group_device
 from lightning_modules.training.run.checkpoint_store import FOLDER_KEY
 from lightning_modules.training.run.private import lerp_
 
@@ -121,7 +122,8 @@ def _whole_tensor(part: Tensor, parameter: nn.Parameter) -> Tensor:
     """The whole tensor from every rank's slice; the inverse of `_local_part`."""
     if not hasattr(parameter, "ds_tensor"):
         return part
-    slices = part.new_empty(part.numel() * dist.get_world_size())
-    dist.all_gather_into_tensor(slices, part)
+    own = on_group_device(part)
+    slices = own.new_empty(own.numel() * dist.get_world_size())
+    all_gather(slices, own)
     whole: Any = parameter
-    return slices[: whole.ds_numel].view(whole.ds_shape)
+    return slices[: whole.ds_numel].view(whole.ds_shape).to(part.device)

@@ -2,6 +2,7 @@
 
 DeepSpeed's FusedLamb is CUDA-only and takes its norms over whatever flat buffer ZeRO hands it,
 which is a different algorithm; this one adds up the squares over the ranks that share a parameter.
+Parameters that are alike go through each operation together, in one launch instead of hundreds.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lightning_modules.collectives import on_group_device
+
+_LOT_ELEMENTS = 2**26  # 256 MiB of float32 for each intermediate result
 
 
 class Lamb(Optimizer):
@@ -53,43 +58,85 @@ class Lamb(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        todo = [
-            (group, param, self._direction(group, param))
-            for group in self.param_groups
-            for param in group["params"]
-            if param.grad is not None
-        ]
-        adapted = [(param, update) for group, param, update in todo if group["weight_decay"]]
-        ratios = iter(self._trust_ratios(adapted))
-        for group, param, update in todo:
-            scale = next(ratios) if group["weight_decay"] else 1.0
-            param.sub_(update * (group["lr"] * scale))
+        steps = [(group, params, self._directions(group, params)) for group, params in self._lots()]
+        adapted = [(params, updates) for group, params, updates in steps if group["weight_decay"]]
+        ratios = self._trust_ratios(adapted)
+        for group, params, updates in steps:
+            if group["weight_decay"]:
+                own, ratios = ratios[: len(params)], ratios[len(params) :]
+                torch._foreach_mul_(updates, (own * group["lr"]).unbind())
+            else:
+                torch._foreach_mul_(updates, group["lr"])
+            torch._foreach_sub_(params, updates)
         return loss
 
-    def _direction(self, group: dict[str, Any], param: Tensor) -> Tensor:
-        """Bias-corrected Adam direction plus decay: r_t + lambda * x_t of the paper."""
-        assert param.grad is not None
+    def _lots(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        """Parameters that can be worked on at once: alike in settings, step, device and type.
+
+        Under ZeRO every parameter has a group of its own, most of them alike. A lot is bounded,
+        because its intermediate results are all there at the same time.
+        """
+        lots: list[tuple[dict[str, Any], list[Tensor]]] = []
+        open_lots: dict[Any, tuple[int, list[Tensor]]] = {}
+        for group in self.param_groups:
+            settings = (group["lr"], group["betas"], group["eps"], group["weight_decay"])
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self._state_of(param)
+                key = (*settings, float(state["step"]), param.device, param.dtype)
+                size, lot = open_lots.get(key, (_LOT_ELEMENTS, []))
+                if size + param.numel() > _LOT_ELEMENTS:
+                    size, lot = 0, []
+                    lots.append((group, lot))
+                lot.append(param)
+                open_lots[key] = size + param.numel(), lot
+        return lots
+
+    def _state_of(self, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
         if not state:
             state["step"] = torch.zeros(())
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
-        beta1, beta2 = group["betas"]
-        state["step"] += 1
-        step = float(state["step"])
-        state["exp_avg"].lerp_(param.grad, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(param.grad, param.grad, value=1 - beta2)
-        mean = state["exp_avg"] / (1 - beta1**step)
-        root = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_()
-        return mean / root.add_(group["eps"]) + group["weight_decay"] * param
+        return state
 
-    def _trust_ratios(self, pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """|x| / |update| of each pair, 1 where either is zero."""
-        if not pairs:
-            return []
-        squares = torch.stack([torch.stack([p.square().sum(), u.square().sum()]) for p, u in pairs])
+    def _directions(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        """Bias-corrected Adam direction plus decay: r_t + lambda * x_t of the paper."""
+        states = [self.state[param] for param in params]
+        grads = [param.grad for param in params if param.grad is not None]
+        means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        beta1, beta2 = group["betas"]
+        for state in states:
+            state["step"] += 1
+        step = float(states[0]["step"])
+        torch._foreach_lerp_(means, grads, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+        roots = torch._foreach_div(squares, 1 - beta2**step)
+        torch._foreach_sqrt_(roots)
+        torch._foreach_add_(roots, group["eps"])
+        updates = torch._foreach_div(means, 1 - beta1**step)
+        torch._foreach_div_(updates, roots)
+        del roots
+        if group["weight_decay"]:
+            torch._foreach_add_(updates, torch._foreach_mul(params, group["weight_decay"]))
+        return list(updates)
+
+    def _trust_ratios(self, lots: list[tuple[list[Tensor], list[Tensor]]]) -> Tensor:
+        """|x| / |update| of each parameter, 1 where either is zero: one vector."""
+        if not lots:
+            return torch.ones(0)
+        norms = torch.cat(
+            [
+                torch.stack([torch.stack(torch._foreach_norm(side)) for side in lot], dim=1)
+                for lot in lots
+            ]
+        )
         if self._sharded and dist.is_initialized():
-            dist.all_reduce(squares)
-        weight, update = squares.sqrt().unbind(1)
+            summed = on_group_device(norms.square())
+            dist.all_reduce(summed)
+            norms = summed.sqrt().to(norms.device)
+        weight, update = norms.unbind(1)
         usable = (weight > 0) & (update > 0)
-        return list(torch.where(usable, weight / update, torch.ones_like(weight)).unbind())
+        return torch.where(usable, weight / update, torch.ones_like(weight))

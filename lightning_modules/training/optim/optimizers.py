@@ -158,14 +158,29 @@ def configure_optimizers(
     trainer = module.trainer
     if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a few batches have no room for a schedule
         config = replace(config, schedule="constant", warmup_epochs=0.0, warmup_steps=0)
+    sharded = isinstance(trainer.strategy, DeepSpeedStrategy)
+    if not sharded:  # DeepSpeed steps float32 copies of its own
+        refuse_low_precision(model, config.lr)
     per_epoch = optimizer_steps_per_epoch(trainer)
-    return build_optimizers(
-        model,
-        config,
-        total_optimizer_steps(trainer, per_epoch),
-        per_epoch,
-        sharded=isinstance(trainer.strategy, DeepSpeedStrategy),
-    )
+    total = total_optimizer_steps(trainer, per_epoch)
+    return build_optimizers(model, config, total, per_epoch, sharded=sharded)
+
+
+def refuse_low_precision(model: nn.Module, lr: float) -> None:
+    """Refuse to step weights of 16 bits, where most steps are rounded away.
+
+    Raises:
+        ValueError: A trainable parameter has 16 bits.
+    """
+    low = next((p for p in model.parameters() if p.requires_grad and p.element_size() < 4), None)
+    if low is not None:
+        name, eps = str(low.dtype).removeprefix("torch."), torch.finfo(low.dtype).eps
+        raise ValueError(
+            f"the weights are {name} (trainer.precision bf16-true or 16-true), whose neighbours of "
+            f"0.02 are {0.02 * eps:.0e} apart: steps of learning rate {lr:.0e} would mostly be "
+            "rounded away. Use trainer.precision bf16-mixed, or a ZeRO strategy "
+            "(configs/strategy), which keeps float32 weights to step"
+        )
 
 
 def batches_per_epoch(trainer: Trainer) -> int | None:
