@@ -59,6 +59,7 @@ def fit(poisoned: set[int], log_every: int = 4, precision: str = "32", **options
         logger=False,
         callbacks=[guard],
         log_every_n_steps=log_every,
+        limit_val_batches=0,
         precision=precision,
         enable_checkpointing=False,
         enable_progress_bar=False,
