@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from lightning_modules.training.recipe import build_cli
@@ -46,3 +50,19 @@ def test_a_wrong_value_is_told_in_words(tmp_path, word: str, told: str):
     message = str(caught.value)
     assert told in message
     assert "\n" not in message and "class '" not in message and "typing" not in message
+
+
+def test_a_class_beside_the_recipe_is_found_by_the_console_script(tmp_path):
+    """A console script's own folder is on the path, the user's is not."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "own_losses_of_this_test.py").write_text(
+        "from lightning_modules.losses import InfoNCELoss\n\n\nclass Mine(InfoNCELoss):\n    pass\n"
+    )
+    recipe = tmp_path / "mine" / "recipe.yaml"
+    own = RECIPE.replace("lightning_modules.losses.InfoNCELoss", "own_losses_of_this_test.Mine")
+    recipe.write_text(own)
+    script = Path(sys.executable).with_name("eva02-at")
+    words = ["fit", "--config", str(recipe), "--print_config"]
+    done = subprocess.run([script, *words], capture_output=True, text=True, cwd="/", timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "own_losses_of_this_test.Mine" in done.stdout
