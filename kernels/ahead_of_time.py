@@ -125,7 +125,6 @@ def compile_form(capability: int, form: Form) -> Compiled:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError("TRITON_INTERPRET is set: unset it to compile the kernels")
     import triton
-    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -142,14 +141,8 @@ def compile_form(capability: int, form: Form) -> Compiled:
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": num_warps},
     )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    widths = re.findall(r"\b(?:ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
-    bits = [int(vector or 1) * int(element) for vector, element in widths]
+    used = _resources(compiled.asm["cubin"])
+    bits = _access_bits(compiled.asm["ptx"])
     return Compiled(
         capability,
         form,
@@ -159,6 +152,24 @@ def compile_form(capability: int, form: Form) -> Compiled:
         bits.count(128),
         len(bits) - bits.count(128),
     )
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers (REG) and spilled bytes (STACK, LOCAL) of a compiled kernel."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+
+
+def _access_bits(ptx: str) -> list[int]:
+    """Width of each access to global memory."""
+    widths = re.findall(r"\b(?:ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", ptx)
+    return [int(vector or 1) * int(element) for vector, element in widths]
 
 
 def _kernel(form: Form) -> tuple[Any, dict[str, int], int]:

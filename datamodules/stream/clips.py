@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -104,6 +104,11 @@ class _Item:
     record: ClipRecord
     narration: Narration
     key: str
+
+    @property
+    def text_index(self) -> int:
+        """The narration's row in its list; where it is the clip's own, the clip's."""
+        return self.clip_index if self.narration.text_index < 0 else self.narration.text_index
 
 
 class TrainStream(Dataset):
@@ -292,6 +297,10 @@ class EvalSentences(Dataset):
         )
 
 
+def _class_ids(rows: Iterable[Sequence[int]], width: int = 1) -> Tensor:
+    return pad_class_ids([list(row) for row in rows], width)
+
+
 def collate(
     items: Sequence[_Item],
     tokenizer: Callable[[Sequence[str]], Tensor],
@@ -305,26 +314,20 @@ def collate(
         text_widths: Least columns of the texts' verb and noun classes.
     """
     clip_index = torch.tensor([item.clip_index for item in items])
-    own = [item.narration.text_index < 0 for item in items]
     return ClipBatch(
         video=torch.stack([item.video for item in items]),
         tokens=tokenizer([item.narration.text for item in items]),
         clip_index=clip_index,
-        text_index=torch.tensor(
-            [
-                item.clip_index if mine else item.narration.text_index
-                for item, mine in zip(items, own, strict=True)
-            ]
-        ),
+        text_index=torch.tensor([item.text_index for item in items]),
         sample_index=torch.tensor([item.sample_index for item in items]),
         mask=clip_index >= 0,
-        verb_classes=pad_class_ids([list(item.record.verb_classes) for item in items]),
-        noun_classes=pad_class_ids([list(item.record.noun_classes) for item in items]),
-        text_verb_classes=pad_class_ids(
-            [list(item.narration.verb_classes) for item in items], text_widths[0]
+        verb_classes=_class_ids(item.record.verb_classes for item in items),
+        noun_classes=_class_ids(item.record.noun_classes for item in items),
+        text_verb_classes=_class_ids(
+            (item.narration.verb_classes for item in items), text_widths[0]
         ),
-        text_noun_classes=pad_class_ids(
-            [list(item.narration.noun_classes) for item in items], text_widths[1]
+        text_noun_classes=_class_ids(
+            (item.narration.noun_classes for item in items), text_widths[1]
         ),
         keys=[item.key for item in items],
     )
