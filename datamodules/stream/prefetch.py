@@ -69,15 +69,10 @@ class Upcoming:
                     listed[shard] = None
         return list(listed)
 
-    def in_use_bytes(self, epoch: int, step: int) -> int:
-        """Bytes of the shards that are read at a step's time, which the cache should hold."""
-        using = {
-            shard
-            for first, end, shards in self._epoch(epoch)
-            if first <= step < end
-            for shard in shards
-        }
-        return sum(self.sizes[shard] for shard in using)
+    def in_use(self, epoch: int, step: int) -> set[int]:
+        """The shards that are read at a step's time, which the cache should hold."""
+        windows = self._epoch(epoch)
+        return {s for first, end, shards in windows if first <= step < end for s in shards}
 
     def _epoch(self, number: int) -> list[tuple[int, int, list[int]]]:
         if number not in self._needs:
@@ -141,9 +136,12 @@ class Prefetcher:
                 if error is not None:
                     logger.warning("shard %d was not fetched ahead: %s", shard, error)
                     paused[shard] = time.monotonic() + _PAUSE_S
+            urgent = self.upcoming.in_use(epoch, step)
             for shard in shards:
                 if len(running) == CONNECTIONS:
                     break
+                if shard not in urgent and urgent & running.keys():
+                    break  # what is waited for has the bandwidth to itself
                 if shard in running or paused.get(shard, 0.0) > time.monotonic():
                     continue
                 if not all(self.cache.has(sha256) for _, sha256 in self._files(shard)):
@@ -164,7 +162,7 @@ class Prefetcher:
 
     def _warn_if_small(self) -> None:
         epoch, step = (int(value) for value in self._place)
-        needed = self.upcoming.in_use_bytes(epoch, step)
+        needed = sum(self.upcoming.sizes[shard] for shard in self.upcoming.in_use(epoch, step))
         if needed > self.cache.limit_bytes:
             logger.warning(
                 "this node reads from %.0f GB of shards at a time, but cache_gb holds %.0f: shards "

@@ -13,6 +13,7 @@ BENCHES = {
     "gpu": "all that only a GPU can show, in ten minutes (`make gpu`)",
     "loss": "retrieval losses against the (2*B*B, 1) formulation",
     "search": "growing, opening and asking an index of windows",
+    "store": "waiting for remote shards, fetched ahead or when asked for",
     "step": "a training step against one written as AVION's users run it",
 }
 
