@@ -20,18 +20,31 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         "embed",
         "Embed videos: each as one clip, the clips of a CSV, or sliding windows at a rate "
-        "(for NLQ and MQ features: --rate 1.87 --frames 4).",
+        "(for NLQ and MQ features: --rate 1.87 --frames 4); or sentences, with --texts.",
     )
     parser.add_argument(
         "--checkpoint", required=True, metavar="PATH", help="as `eva02-at convert` reads it"
     )
     parser.add_argument(
         "--videos",
-        required=True,
         nargs="+",
         metavar="PATH",
         help="videos, folders of them, .txt files with a path a line, or one .csv of clips with "
         "the columns video,start_s,end_s",
+    )
+    parser.add_argument(
+        "--texts",
+        type=Path,
+        metavar="FILE",
+        help="sentences instead: a .txt, a .jsonl with query_id and query, or Ego4D's nlq_*.json; "
+        "--output is then FILE.npy, FILE.pt, sentence.npy (EgoVLP, VSLNet) or FOLDER.lmdb "
+        "(GroundNLQ, OSGNet)",
+    )
+    parser.add_argument(
+        "--per-token", action="store_true", help="of --texts: hidden states of every token"
+    )
+    parser.add_argument(
+        "--template", default="{}", metavar="TEXT", help="of --texts: '#C C {}' for narrations"
     )
     parser.add_argument(
         "--output",
@@ -56,6 +69,10 @@ def main(argv: list[str]) -> int:
         ValueError: a mistake in the options, or nothing could be read.
     """
     options = _parser().parse_args(argv)
+    if (options.texts is None) == (options.videos is None):
+        raise ValueError("give --videos or --texts, one of them")
+    if options.texts is not None:
+        return _embed_texts(options)
     from lightning_modules.inference.features import check_places, write_features
 
     check_places(options.videos, options.output, options.rate)
@@ -66,6 +83,25 @@ def main(argv: list[str]) -> int:
     report_passed_over(options.videos)
     report_unreadable(written.unreadable)
     print(written.told)
+    return 0
+
+
+def _embed_texts(options: argparse.Namespace) -> int:
+    from lightning_modules.inference.embedding import Embedder
+    from lightning_modules.inference.texts import (
+        check_text_output,
+        read_queries,
+        write_text_features,
+    )
+
+    if "{}" not in options.template:
+        raise ValueError(f"template {options.template!r} has no {{}} for the sentence")
+    check_text_output(options.output, options.per_token)
+    queries = read_queries(options.texts)
+    loaded = load_from_options(options, options.checkpoint)
+    embedder = Embedder(loaded, embed_options(options))
+    how = (options.per_token, options.template)
+    print(write_text_features(embedder, queries, options.output, *how))
     return 0
 
 

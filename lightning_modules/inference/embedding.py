@@ -97,6 +97,17 @@ class Embedder:
         tokens = self.tokenizer(list(texts)).to(self.options.device)
         return self.model.encode_text(tokens).float().cpu()
 
+    @torch.inference_mode()
+    def tokens(self, texts: Sequence[str], batch_size: int) -> list[Tensor]:
+        """Hidden states of sentences, from the start to the end token: (L, D) fp32 on the CPU."""
+        found = []
+        for start in range(0, len(texts), batch_size):
+            tokens = self.tokenizer(list(texts[start : start + batch_size]))
+            states = self.model.text.hidden_states(tokens.to(self.options.device)).float().cpu()
+            ends = tokens.argmax(dim=1) + 1
+            found += [row[:end].clone() for row, end in zip(states, ends.tolist(), strict=True)]
+        return found
+
     def windows_of(self, videos: Sequence[Path]) -> tuple[list[Window], list[Unreadable]]:
         """Cut videos into windows as the options say.
 

@@ -67,11 +67,30 @@ class TextEncoder(nn.Module):
         Raises:
             ValueError: if the tokens' shape does not fit the config.
         """
+        x = self._embed(tokens)
+        return self.head(self.norm(self.blocks(x, None, tokens.argmax(dim=-1))))
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """Encode every token: what heads that attend to words want.
+
+        Args:
+            tokens: As `forward`.
+
+        Returns:
+            (B, L, D), the last block's output after the final norm; `head` of the end-of-text
+            token's row is what `forward` returns.
+        """
+        x = self._embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Tokens and their positions, (B, L, D), in the blocks' dtype."""
         length = self.config.context_length
         if tokens.dim() != 2 or tokens.shape[1] > length:
             raise ValueError(
                 f"tokens have shape {tuple(tokens.shape)}; this model takes (B, L), L <= {length}"
             )
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-        end_of_text = tokens.argmax(dim=-1)
-        return self.head(self.norm(self.blocks(x.to(compute_dtype(x)), None, end_of_text)))
+        return x.to(compute_dtype(x))
