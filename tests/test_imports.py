@@ -78,7 +78,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "lightning_modules.models",
         "lightning_modules.checkpoints",
     ),
-    "lightning_modules.pages": (),
+    "lightning_modules.pages": ("datamodules",),
     "lightning_modules.sweep": (
         "lightning_modules.evaluation.intervals",
         "datamodules.files",

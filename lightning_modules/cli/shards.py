@@ -1,4 +1,4 @@
-"""`eva02-at shards build | verify | info`: annotations and videos to WebDataset shards."""
+"""`eva02-at shards build | verify | info | browse`: annotations and videos to WebDataset shards."""
 
 from __future__ import annotations
 
@@ -202,6 +202,25 @@ def _add_info(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _browse(args: argparse.Namespace) -> int:
+    from lightning_modules.pages.shards import browse_shards
+
+    if args.samples < 1:
+        raise ValueError(f"--samples {args.samples}; at least 1")
+    manifest = Manifest.load(args.manifest)
+    write_atomically(Path(args.html), browse_shards(manifest, args.samples, args.workers))
+    print(f"page in {args.html}")
+    return 0
+
+
+def _add_browse(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("manifest", help="manifest.json, or its folder")
+    add("--html", required=True, metavar="FILE", help="the page: one file, nothing from elsewhere")
+    add("--samples", type=int, default=48, metavar="N", help="to show (%(default)s)")
+    add("--workers", type=int, default=2, metavar="N", help="decoding processes (%(default)s)")
+
+
 # name -> (what it does, its options, its work)
 COMMANDS = {
     "build": ("make shards from annotations and videos, or go on with it", _add_build, _build),
@@ -211,6 +230,7 @@ COMMANDS = {
         _verify,
     ),
     "info": ("counts, sizes, durations, classes", _add_info, _info),
+    "browse": ("a page to look at: samples, histograms, rejects", _add_browse, _browse),
 }
 
 
