@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from lightning_modules.evaluation.predictors import DualEncoderPredictor, Predic
 from lightning_modules.evaluation.splits import retrieval_benchmark
 from lightning_modules.models import DualEncoder, ModelConfig
 from lightning_modules.models.towers import Towers
+from lightning_modules.side_stream import SideStream
 from lightning_modules.training.optim.gradcache import encode_in_micro_batches
 from lightning_modules.training.optim.optimizers import OptimizerConfig, configure_optimizers
 from lightning_modules.training.run.private import attached_trainer
@@ -50,6 +52,14 @@ class TrainedModule(EvaluatedModule):
         super().__init__()
         self.optimizer_config = optimizer
         self.init_checkpoint = init_checkpoint
+        self._side_stream = SideStream()
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Lightning's own way, on a stream beside the computation's."""
+        move = super().transfer_batch_to_device
+        return self._side_stream.copy(device, lambda: move(batch, device, dataloader_idx))
 
     def load(self, path: str) -> None:
         """Load initial weights."""

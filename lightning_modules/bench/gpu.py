@@ -30,7 +30,10 @@ from lightning_modules.planning.costs import GIB, largest_batch
 
 TOTAL_S = 600
 _PROGRAM = ("-m", "lightning_modules.cli.main")
-_TESTS = ("-m", "pytest", "-m", "gpu", "-q", "-rA", "-p", "no:cacheprovider", "tests/kernels")
+_TESTS = (
+    *("-m", "pytest", "-m", "gpu", "-q", "-rA", "-p", "no:cacheprovider"),
+    *("tests/kernels", "tests/metrics", "tests/training/test_side_stream.py"),
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def parts(batches: dict[str, int]) -> list[Part]:
     """Return every part; `batches` are the pairs of a step by preset."""
     bench, out = (*_PROGRAM, "bench"), ("--json", "{json}")
     listed = [
-        Part("tests", (*_TESTS, "tests/metrics"), 150),
+        Part("tests", _TESTS, 150),
         Part("doctor", (*_PROGRAM, "doctor", *out), 90),
         Part("kernels", (*bench, "kernels", "--batch=32", "--rounds=15", *out), 80),
     ]
