@@ -8,6 +8,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from datamodules.batch import ClipBatch
@@ -19,12 +20,13 @@ from lightning_modules.training.optim.optimizers import OptimizerConfig
 
 
 def batch() -> ClipBatch:
-    tensors = [torch.arange(6).view(2, 3) + i for i in range(len(fields(ClipBatch)) - 1)]
-    return ClipBatch(*tensors, keys=["a", "b"])
+    names = [f.name for f in fields(ClipBatch) if f.type == "Tensor"]
+    numbers = {name: torch.arange(6).view(2, 3) + i for i, name in enumerate(names)}
+    return ClipBatch(**numbers, keys=["a", "b"])
 
 
 def tensors(batch: ClipBatch) -> list[Tensor]:
-    return [getattr(batch, f.name) for f in fields(batch) if f.name != "keys"]
+    return [value for value in vars(batch).values() if isinstance(value, Tensor)]
 
 
 def module() -> PretrainModule:
@@ -64,7 +66,7 @@ def test_copies_are_issued_beside_and_waited_for_by_the_computation(monkeypatch)
 
     def move() -> ClipBatch:
         calls.append("copies")
-        return ClipBatch(*(t.to("meta") for t in tensors(host)), keys=host.keys)
+        return apply_to_collection(host, Tensor, lambda tensor: tensor.to("meta"))
 
     for _ in range(2):
         moved = side.copy(torch.device("cuda"), move)
