@@ -33,6 +33,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "datamodules": ("datamodules",),
     "lightning_modules.packaged": (),
+    "lightning_modules.zoo": ("datamodules.files",),
     "lightning_modules.sharing": ("lightning_modules.checkpoints", "lightning_modules.sweep.table"),
     "lightning_modules.models": ("kernels",),
     "lightning_modules.collectives": (),

@@ -7,6 +7,7 @@ import sys
 
 from lightning_modules.cli.evaluate_options import evaluate_parser
 from lightning_modules.cli.model_options import reading
+from lightning_modules.zoo import checkpoint_of, find_entry
 
 
 def main(argv: list[str]) -> int:
@@ -20,6 +21,10 @@ def main(argv: list[str]) -> int:
             shards do not hold its clips.
     """
     options = evaluate_parser().parse_args(argv)
+    if options.zoo is not None:
+        entry = find_entry(options.zoo)
+        options.settings = [*entry.settings, *options.settings]
+        options.checkpoint = checkpoint_of(entry)
     from lightning_modules.checkpoints.conversion import load_trained
     from lightning_modules.evaluation.processes import Machines
     from lightning_modules.evaluation.results import Outputs

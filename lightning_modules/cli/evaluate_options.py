@@ -18,9 +18,10 @@ def evaluate_parser() -> argparse.ArgumentParser:
         "evaluate",
         "Evaluate a checkpoint on a benchmark exactly as its protocol says; figures in percent.",
     )
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--zoo", metavar="NAME", help="a public checkpoint of `eva02-at zoo`")
+    which.add_argument(
         "--checkpoint",
-        required=True,
         metavar="PATH",
         help="as `eva02-at convert` reads it; a run of recognition is for ek100_cls",
     )

@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "search": ("lightning_modules.cli.search", "find the moments of one's videos by a text"),
     "recipes": ("lightning_modules.cli.recipes", "list, show or copy the packaged recipes"),
     "runs": ("lightning_modules.cli.runs", "the runs below a folder: state, step, speed, owner"),
+    "zoo": ("lightning_modules.cli.zoo", "public checkpoints: where, licence, reported figures"),
     "submit": ("lightning_modules.cli.submit", "check a recipe's SLURM job, then queue it"),
     "doctor": ("lightning_modules.cli.doctor", "would a training job run here, and run fast"),
     "plan": ("lightning_modules.cli.plan", "memory, time and cost of a recipe on a cluster"),
