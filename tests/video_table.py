@@ -358,7 +358,7 @@ def main() -> None:
         for made in videos:
             cells = [path(made) for path in PATHS.values()]
             cells.insert(1, in_place[made.kind.name])
-            reasons = {cell.reason.removeprefix("unreadable: ") for cell in cells if cell.reason}
+            reasons = {cell.reason.split("able: ")[-1] for cell in cells if cell.reason}
             flag = " **wrong**" if any(cell.wrong(made) for cell in cells) else ""
             print(
                 f"| {made.kind.name} | {' | '.join(map(str, cells))} | {'; '.join(reasons)}{flag} |"

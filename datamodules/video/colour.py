@@ -37,6 +37,7 @@ _HDR = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
 _HD_WIDTH, _SD_HEIGHT = 1280, 576
 # Without these flags swscale is up to 4 levels off, and more after two conversions.
 _EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+DAMAGED = "damaged"  # the mark of a picture that lacks a part of its data
 # dihedral pictures: (transposed, left and right swapped, top and bottom swapped)
 Turn = tuple[bool, bool, bool]
 
@@ -135,6 +136,8 @@ class Painter:
     def _converted(
         self, frame: VideoFrame, size: tuple[int, int], form: str, how: Interpolation
     ) -> VideoFrame:
+        if frame.opaque == DAMAGED:
+            raise ValueError("damaged: a part of its data is missing or wrong")
         space, full = matrix(frame), frame.color_range == ColorRange.JPEG
         if frame.format.name.startswith("gray") and not full:
             frame = _stretched(frame)

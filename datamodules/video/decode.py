@@ -171,7 +171,6 @@ def decoder_of(decoder: Decoder, options: Mapping[str, Any]) -> Decoder:
     return checked
 
 
-@functools.cache
 def _problem(decoder: str) -> str | None:
     try:
         importlib.import_module("torchcodec.decoders" if decoder == "torchcodec" else decoder)

@@ -25,7 +25,7 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
-from datamodules.video.colour import Painter, shown_size, turn
+from datamodules.video.colour import DAMAGED, Painter, shown_size, turn
 
 T = TypeVar("T")
 # What reading an odd file raises; FFmpeg's own errors are OSErrors or ValueErrors as well.
@@ -202,8 +202,12 @@ class Video:
             self._open()
         head, self._head = self._head, []
         yield from head
-        if not head or head[-1].size:  # an empty packet is the last: it flushes the decoder
+        if head and not head[-1].size:
+            return  # an empty packet is the last: it flushes the decoder
+        try:
             yield from self._container.demux(self.stream)
+        except IndexError as error:  # PyAV lists the streams once
+            raise ValueError("a stream begins in the middle of the file") from error
 
     def frames(self, start_s: float = 0.0) -> Iterator[tuple[float, VideoFrame]]:
         """Decode (seconds, frame) in order, from the one on the screen at a time or before it."""
@@ -326,7 +330,7 @@ def decode_packets(packets: Iterable[Any]) -> Iterator[tuple[int, VideoFrame]]:
     Raises:
         ValueError: Frames have no timestamps, or these run backwards.
     """
-    begun, key, last = False, None, None
+    begun, key, last, damaged = False, None, None, False
     for packet in packets:
         if not begun and not packet.is_keyframe:
             continue
@@ -340,6 +344,10 @@ def decode_packets(packets: Iterable[Any]) -> Iterator[tuple[int, VideoFrame]]:
             if last is not None and frame.pts <= last:
                 raise ValueError("its timestamps run backwards")
             last = frame.pts
+            # what leans on a damaged picture is damaged without a mark
+            damaged = frame.is_corrupt or (damaged and not frame.key_frame)
+            if damaged:
+                frame.opaque = DAMAGED
             yield frame.pts, frame
 
 

@@ -1,6 +1,7 @@
 """Choice of frames, crops, and the tokenizer against ids of the published one."""
 
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from datamodules.video.decode import (
     DamagedSample,
     check_decoder,
     decode_frames,
+    decoder_of,
     segment_times,
+    stored_decoder,
 )
 from datamodules.video.frames import frame_indices
 
@@ -63,9 +66,25 @@ def test_a_truncated_video_is_a_damaged_sample(tmp_path):
 
 def test_a_missing_decoder_says_what_to_install(monkeypatch):
     check_decoder("decord")
-    monkeypatch.setitem(__import__("sys").modules, "torchcodec", None)
+    for name in ("torchcodec", "torchcodec.decoders"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=r"eva02-at\[torchcodec\]"):
         check_decoder("torchcodec")
+
+
+def test_without_decord_another_decoder_serves(tmp_path, monkeypatch):
+    data = write_video(tmp_path / "v.mp4", seconds=1.6).read_bytes()
+    expected = decode_frames(data, 4, None, "pyav")
+    for name in ("decord", "torchcodec", "torchcodec.decoders"):
+        monkeypatch.setitem(sys.modules, name, None)
+    stored_decoder.cache_clear()
+    try:
+        assert stored_decoder("auto") == decoder_of("auto", {}) == "pyav"
+        assert np.array_equal(decode_frames(data, 4), expected)
+        with pytest.raises(ValueError, match="install `decord`"):
+            check_decoder("decord")
+    finally:
+        stored_decoder.cache_clear()
 
 
 def test_torchcodec_gives_decords_frames(tmp_path):
