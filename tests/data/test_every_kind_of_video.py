@@ -40,7 +40,7 @@ def test_a_video_is_right_on_every_path_or_refused_with_the_reason(name, videos,
 
 
 def test_flipped_bits_are_right_or_refused(tmp_path) -> None:
-    """The decoder marks the picture whose data is wrong; those that lean on it are wrong as well."""
+    """The decoder marks the picture whose data is wrong; those that lean on it are too."""
     kind = Kind("flipped", options={"crf": "20", "g": "10", "bf": "2"}, count=60)
     made = kind.write(tmp_path)
     whole = made.path.read_bytes()
