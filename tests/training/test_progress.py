@@ -87,8 +87,19 @@ def test_a_run_that_ends_badly_says_how_to_go_on(monkeypatch, tmp_path):
     monkeypatch.setattr(Model, "validation_step", broken)
     stream = io.StringIO()
     with pytest.raises(RuntimeError, match="a fault"):
-        told_by(monkeypatch, stream, tmp_path)
+        told_by(monkeypatch, stream, tmp_path, num_sanity_val_steps=0)
     assert re.search(r"ended at step \d; the same command goes on", stream.getvalue())
+
+
+def test_a_run_that_never_began_says_nothing(monkeypatch, tmp_path):
+    def broken(self):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(Model, "train_dataloader", broken)
+    stream = io.StringIO()
+    with pytest.raises(RuntimeError, match="a fault"):
+        told_by(monkeypatch, stream, tmp_path, num_sanity_val_steps=0)
+    assert "goes on" not in stream.getvalue()
 
 
 def test_a_negative_interval_is_refused():

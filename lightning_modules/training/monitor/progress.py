@@ -123,7 +123,9 @@ class RunProgress(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Say that nothing is lost, before the reason is told."""
+        """Say that nothing is lost, before the reason is told; nothing where nothing began."""
+        if not self._start:
+            return
         self._say(
             f"ended at step {trainer.global_step:,}; the same command goes on from the newest "
             f"complete checkpoint in {trainer.default_root_dir}"

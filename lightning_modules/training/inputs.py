@@ -1,0 +1,57 @@
+"""What a recipe needs on the disk, looked for before anything starts, all of it at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning import LightningDataModule, LightningModule
+
+from datamodules.module import RetrievalSplit, StreamDataModule
+from datamodules.stream.stores import is_remote
+
+_SHARDS = "`eva02-at shards build` writes it"
+_WEIGHTS = (
+    "where public weights come from is in docs/zoo.md; --model.init_args.init_checkpoint=null "
+    "starts from none"
+)
+_VALIDATION = "to train without validation: --data.init_args.val=null"
+
+
+def check_inputs(module: LightningModule, data: LightningDataModule, resumes: bool) -> None:
+    """Look for the files that a training run will read.
+
+    Args:
+        module: Its `init_checkpoint` is looked for, unless the run goes on from its own.
+        data: Its manifests and annotations are, where it is one of ours.
+        resumes: Whether the run has a checkpoint.
+
+    Raises:
+        FileNotFoundError: Names each missing file with its mend.
+    """
+    told = []
+    weights = getattr(module, "init_checkpoint", None)
+    if weights is not None and not resumes and not _is_there(weights):
+        told.append(f"no checkpoint at {weights} ({_WEIGHTS})")
+    if isinstance(data, StreamDataModule):
+        told += [
+            f"no manifest at {m} ({_SHARDS})" for m in data.train_manifests if not _is_there(m)
+        ]
+        told += _missing_of_split(data.val_split)
+    if told:
+        raise FileNotFoundError(f"nothing was started: {'; '.join(told)}")
+
+
+def _missing_of_split(split: RetrievalSplit | None) -> list[str]:
+    if split is None:
+        return []
+    told = []
+    if not _is_there(split.manifest):
+        told.append(f"no validation manifest at {split.manifest} ({_SHARDS})")
+    if split.annotations is not None and not _is_there(split.annotations):
+        told.append(f"no validation annotations at {split.annotations}")
+    return [*told, _VALIDATION] if told else []
+
+
+def _is_there(location: str) -> bool:
+    """True also of what is not on this machine's disk: that is asked when it is read."""
+    return ":" in location.partition("/")[0] or is_remote(location) or Path(location).exists()
