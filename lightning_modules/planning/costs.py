@@ -16,11 +16,11 @@ from lightning_modules.models import DualEncoder, DualEncoderConfig, VideoClassi
 from lightning_modules.models.config import resolve_config
 from lightning_modules.training.monitor.flops import pair_flops, peak_tflops, video_flops
 from lightning_modules.training.run.private import fake_tensors, storage_identity
+from lightning_modules.training.run.strategies import bucket_elements
 
 GIB = 2**30
 _CONTEXT_BYTES = 1.0 * GIB  # CUDA context, libraries' workspaces
 _FRAGMENTATION = 1.05  # of the caching allocator
-_BUCKET_ELEMENTS = 200e6  # DeepSpeed's reduce and gather buckets, as Lightning sets them
 
 
 @dataclass
@@ -225,7 +225,7 @@ def state_bytes(parameters: int, strategy: str, ranks: int) -> float:
     bf16 weights (2) and gradients (2) and shares out fp32 weights and moments (12): from stage 2
     on the gradients too, at stage 3 the weights as well. ZeRO's buckets come on top.
     """
-    bucket = 2 * 2 * min(_BUCKET_ELEMENTS, parameters)
+    bucket = 8 * bucket_elements(parameters)  # two in bf16, and one summed in fp32
     return {
         "ddp": 18.0 * parameters,
         "zero1": 4.0 * parameters + 12.0 * parameters / ranks + bucket,
@@ -237,10 +237,10 @@ def state_bytes(parameters: int, strategy: str, ranks: int) -> float:
 def communication_bytes(parameters: int, strategy: str, ranks: int) -> float:
     """Bytes that one rank sends in a step: a ring's (ranks - 1) / ranks for each collective.
 
-    DDP reduces fp32 gradients, which is two passes. ZeRO 1 and 2 scatter bf16 gradients and gather
+    DDP reduces fp32 gradients, which is two passes. ZeRO 1 and 2 scatter fp32 gradients and gather
     bf16 weights; ZeRO 3 gathers the weights twice.
     """
-    passes = {"ddp": 2 * 4, "zero1": 2 + 2, "zero2": 2 + 2, "zero3": 2 + 2 + 2}[strategy]
+    passes = {"ddp": 2 * 4, "zero1": 4 + 2, "zero2": 4 + 2, "zero3": 4 + 2 + 2}[strategy]
     return passes * parameters * (ranks - 1) / ranks
 
 

@@ -45,7 +45,7 @@ def test_a_fault_is_told_with_its_mend_and_so_is_what_was_not_checked(tmp_path: 
     assert code == told["exit_code"] == 1 and known["open files"] == "bad", out
     assert "BAD   open files" in out and "mend: `ulimit -n 512`" in out
     assert "1 thing stands in the way" in out
-    assert {known[name] for name in ("torch", "cores", "disk", "decord", "all-reduce")} == {"ok"}
+    assert {known[name] for name in ("torch", "cores", "disk", "decoder", "all-reduce")} == {"ok"}
     if not torch.cuda.is_available():
         assert "not checked here: driver, InfiniBand, Triton" in out
         assert known["NCCL"] == "skipped" and told["cluster"] == {}
