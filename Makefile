@@ -32,7 +32,7 @@ mutants: $(READY)
 	nice $(BIN)/python .ci/mutants.py $(ROOMS)
 
 # The documentation as a site, in build/site; any broken link or reference is an error.
-docs: $(READY)
+docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f .ci/mkdocs.yml
 
 # Every version comes from the lock file. torch goes first: with it in place nothing pulls another.
@@ -41,6 +41,11 @@ $(READY): pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -qq --upgrade pip
 	$(BIN)/pip install -qq --constraint $(LOCK) torch
+	$(BIN)/pip install -qq --constraint $(LOCK) --editable '.[dev]'
+	touch $@
+
+# The site's tools want a Python of their own age (3.11.5), so that nothing else waits for them.
+$(VENV)/.docs: $(READY)
 	$(BIN)/pip install -qq --constraint $(LOCK) --editable '.[dev,docs]'
 	touch $@
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import nbformat
 import pytest
 from docs_runner import Step, run, steps
-from nbclient import NotebookClient
 
 TUTORIALS = sorted((Path(__file__).parents[2] / "docs" / "tutorials").glob("*.md"))
 
@@ -63,9 +61,12 @@ def test_what_goes_otherwise_is_seen(step: Step, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path: Path) -> None:
     """Every cell, in a kernel of its own; the page that the site shows is made of the result."""
+    nbformat, client = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     book = nbformat.read(TUTORIALS[0].parent / "embeddings.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in book.cells), "committed without outputs"
-    NotebookClient(book, timeout=200, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    client.NotebookClient(
+        book, timeout=200, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     shown = [output for cell in book.cells for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in shown)
     assert any("torch.Size([12, 3])" in str(output) for output in shown)
