@@ -36,6 +36,10 @@ SCHEMES: dict[str, str | None] = {
     "http": None,
     "https": None,
 }
+# A fork shares the poll set of fsspec's event loop. A child that collects the loop it inherited, or
+# a connection of it, takes their sockets out of that set, and the parent is never woken again. What
+# was ever opened is therefore never collected; fsspec makes one of each a process.
+_KEPT: dict[int, Any] = {}
 
 
 def scheme_of(location: str) -> str:
@@ -229,7 +233,10 @@ def open_store(url: str, timeout_s: float = 60.0) -> tuple[Any, str]:
         silence = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
         options["client_kwargs"] = {"timeout": silence}
     try:
-        return url_to_fs(url, **options)
+        store, path = url_to_fs(url, **options)
+        for kept in (store, getattr(store, "loop", None)):
+            _KEPT[id(kept)] = kept
+        return store, path
     except ImportError as error:
         raise ValueError(
             f"{scheme}:// needs a package that is not installed; "

@@ -1,6 +1,7 @@
 """Shards behind URLs and commands: retries, silence, damage, and a cache that stays small."""
 
 import functools
+import gc
 import hashlib
 import http.server
 import multiprocessing
@@ -29,6 +30,8 @@ def server(shards):
     asked: list[str] = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # connections are kept, as stores do
+
         def do_GET(self):
             asked.append(self.path)
             super().do_GET()
@@ -231,3 +234,24 @@ def test_processes_fetch_a_file_once(tmp_path):
         process.join(30)
         assert process.exitcode == 0
     assert (tmp_path / "count").read_text() == "\n"
+
+
+def _read_in_child(url):
+    gc.collect()
+    read_bytes(url)
+    gc.collect()
+    os._exit(0)
+
+
+def test_a_forked_reader_leaves_the_parents_connections_alone(server, caplog):
+    """Both share the poll set of the parent's event loop: see `stores._KEPT`."""
+    url = server[0] + "/manifest.json"
+    fetcher = Fetcher(QUICK, timeout_s=3.0)
+    context = multiprocessing.get_context("fork")
+    assert read_bytes(url, fetcher)
+    child = context.Process(target=_read_in_child, args=(url,))
+    child.start()
+    child.join(30)
+    assert child.exitcode == 0
+    assert read_bytes(url, fetcher)
+    assert "nothing came" not in caplog.text
