@@ -82,6 +82,8 @@ class PlaceLoader:
             sampler=places,
             batch_size=None,  # a place is a whole batch
             num_workers=self.num_workers,
+            # a forkserver, the default in a rank that came from one, would be their parent
+            multiprocessing_context="fork" if self.num_workers else None,
             prefetch_factor=self.prefetch if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=partial(_begin_worker, os.getpid()),
