@@ -31,8 +31,10 @@ def main(argv: list[str]) -> int:
     words = ["--help" if word == "--help.all" else word for word in words]
     from lightning_modules.training.messages import shorten
     from lightning_modules.training.recipe import build_cli
+    from lightning_modules.training.run.launch import check_slurm, meet
     from lightning_modules.training.verbs import run_verb
 
+    check_slurm()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         cli = build_cli(words)
@@ -40,6 +42,7 @@ def main(argv: list[str]) -> int:
         return int(stop.code or 0)
     except argparse.ArgumentError as error:
         raise ValueError(shorten(str(error))) from error
+    meet()
     return run_verb(verb, cli)
 
 

@@ -23,13 +23,13 @@ from typing import Any
 import lightning.pytorch.cli as lightning_cli
 from jsonargparse import ActionConfigFile
 from lightning import LightningDataModule, LightningModule
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_modules.packaged import with_recipe_paths
 from lightning_modules.training.messages import shorten
 from lightning_modules.training.monitor.csv_log import AppendingCSVLogger
 from lightning_modules.training.monitor.health import FiniteGuard
 from lightning_modules.training.monitor.progress import RunProgress
+from lightning_modules.training.monitor.tensorboard_log import TolerantTensorBoardLogger
 from lightning_modules.training.monitor.throughput import ThroughputMonitor
 from lightning_modules.training.run.checkpointing import SafeCheckpoints
 from lightning_modules.training.run.ownership import RunOwner
@@ -154,7 +154,7 @@ def _with_csv(loggers: Any, run_dir: str) -> list[Any]:
 
     csv = logger(AppendingCSVLogger, save_dir=f"{run_dir}/logs")
     if loggers in (None, True):
-        return [csv, logger(TensorBoardLogger, save_dir=run_dir, name="", version="logs")]
+        return [csv, logger(TolerantTensorBoardLogger, save_dir=run_dir, name="", version="logs")]
     return [csv, *(loggers if isinstance(loggers, list) else [loggers])]
 
 
