@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from datamodules.stream.retry import INFRASTRUCTURE, StorageUnavailable
+from lightning_modules.training.run.devices import MachineFault
 
 EXIT_OK, EXIT_FAULT, EXIT_USER_ERROR, EXIT_MACHINE = 0, 1, 2, 75
 
@@ -25,10 +26,6 @@ _OF_THIS_NODE = frozenset(
     {errno.EIO, errno.ESTALE, errno.EROFS, errno.ENODEV, errno.ENOTCONN, errno.EREMOTEIO}
 )
 _WRONG_PATH = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
-
-
-class MachineFault(RuntimeError):
-    """Something that this machine should have is not there or does not work."""
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

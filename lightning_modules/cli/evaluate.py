@@ -29,9 +29,12 @@ def main(argv: list[str]) -> int:
     from lightning_modules.evaluation.processes import Machines
     from lightning_modules.evaluation.results import Outputs
     from lightning_modules.evaluation.run import EvalOptions, evaluate_here, open_benchmark
+    from lightning_modules.training.run.devices import check_devices
+    from lightning_modules.training.run.launch import check_slurm, meet
 
     outputs = Outputs(options.json, options.prediction, options.submission)
     outputs.check(options.benchmark)
+    check_devices(options.accelerator)
     machines = Machines(options.accelerator, options.devices, options.nodes, options.dtype)
     how = EvalOptions(
         options.batch_size,
@@ -52,6 +55,9 @@ def main(argv: list[str]) -> int:
         allow_pipe=options.allow_pipe,
     )
     loaded = load_trained(options.checkpoint, **reading(options))
+    if machines.num_processes > 1:
+        check_slurm()
+        meet()
     done = evaluate_here(loaded.model, benchmark, corpus, how, machines)
     if done is not None:
         protocol = _protocol(options, loaded.config.vision.num_frames)

@@ -32,6 +32,7 @@ from lightning_modules.training.monitor.progress import RunProgress
 from lightning_modules.training.monitor.tensorboard_log import TolerantTensorBoardLogger
 from lightning_modules.training.monitor.throughput import ThroughputMonitor
 from lightning_modules.training.run.checkpointing import SafeCheckpoints
+from lightning_modules.training.run.devices import check_devices
 from lightning_modules.training.run.ownership import RunOwner
 from lightning_modules.training.run.private import option_names
 from lightning_modules.training.run.seeding import StepSeed
@@ -137,6 +138,7 @@ class RecipeCLI(lightning_cli.LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Give the trainer its place to write, unless the recipe names one."""
         trainer = self.config.trainer
+        check_devices(trainer.accelerator, trainer.devices)
         run_dir = self.config.run_dir
         if trainer.default_root_dir is None:
             trainer.default_root_dir = run_dir

@@ -96,3 +96,35 @@ def test_a_mistake_is_told_by_rank_0_and_a_missing_path_by_each(
         (tmp_path / "recipe.yaml").write_text(line)
     assert main(["fit", "--config", str(tmp_path / "recipe.yaml")]) == 2
     assert ("eva02-at: error" in capsys.readouterr().err) == speaks
+
+
+@pytest.mark.parametrize(
+    ("given", "asked", "build", "code", "told"),
+    [
+        ("0,1", "auto", "12.8", 75, "no usable CUDA driver on this node"),
+        ("0,1", "gpu", "12.8", 75, "SLURM_JOB_GPUS=0,1"),
+        ("", "gpu", "12.8", 2, "finds no GPU here"),
+        ("0,1", "auto", None, 2, "built without CUDA"),
+        ("", "gpu", None, 2, "built without CUDA"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["fit", "test"])
+def test_gpus_that_do_not_work_are_not_replaced_by_the_cpu(
+    tmp_path, monkeypatch, capsys, given, asked, build, code, told, verb
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.version.cuda", build)
+    monkeypatch.setenv("EVA02_AT_JOB", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_GPUS", given)
+    words = ["--config=demo/pretrain", "--data_dir=data", f"--trainer.accelerator={asked}"]
+    assert main([verb, *words, f"--run_dir={tmp_path / 'run'}"]) == code
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert told in said
+    assert (tmp_path / "bad-nodes").exists() == (code == 75)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_processes_than_cores_could_run_are_refused(tmp_path, capsys):
+    words = ["--config=demo/pretrain", "--trainer.accelerator=cpu", "--trainer.devices=6400"]
+    assert main(["fit", *words, f"--run_dir={tmp_path / 'run'}"]) == 2
+    assert "6400 processes on" in capsys.readouterr().err

@@ -7,6 +7,7 @@ Protocol: one JSON line in ({world, kwargs, log}), one JSON line of pids out, th
 codes when all have ended.
 """
 
+import ctypes
 import importlib
 import json
 import os
@@ -53,8 +54,8 @@ class Run:
 class Zygote:
     """Starts runs; one at a time."""
 
-    def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    def __init__(self, **more: str) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **more}
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__))],
             stdin=subprocess.PIPE,
@@ -101,7 +102,28 @@ def _be_a_rank(order: dict, rank: int, port: int) -> None:
         sys.exit(main(order["kwargs"]["argv"]))
     import tiny_run
 
+    fault = order["kwargs"].pop("fault", None)
+    if fault is not None:
+        sys.exit(_with_a_failing_call(tiny_run.main, order["kwargs"], **fault))
     sys.exit(tiny_run.main(**order["kwargs"]))
+
+
+def _with_a_failing_call(main, kwargs, under, call, n, error=5, times=1) -> int:
+    """Run with failing_calls.c armed, and end as the command line does."""
+    from lightning_modules.cli.endings import exit_code, report
+
+    shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
+    shim.fault_arm(under.encode(), b".jsonl", call.encode(), n, error, times)
+    try:
+        code = main(**kwargs)
+    except Exception as caught:
+        code = exit_code(caught, ["fit"])
+        if code == 1:
+            raise
+        report(caught, code)
+    hit = "hit" if shim.fault_hits() else "not hit"
+    print(f"fault: {hit}, calls {shim.fault_calls()}", flush=True)
+    return code
 
 
 def _serve() -> None:

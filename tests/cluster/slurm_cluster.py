@@ -1,10 +1,13 @@
 """A SLURM cluster of two nodes on this machine, for the tests; stops only what it started."""
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from rank_zygote import free_port
@@ -132,6 +135,20 @@ class SlurmCluster:
 
         self._wait_until(reached, f"job {job} in {states} (is {self.state(job)})", seconds)
         return self.state(job)
+
+    @contextlib.contextmanager
+    def hanging(self, node: str) -> Iterator[None]:
+        """A node whose slurmd does not answer, while what it started runs on."""
+        (slurmd,) = (p for p in self.processes if p.args[0] == "slurmd" and p.args[-1] == node)
+        slurmd.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            slurmd.send_signal(signal.SIGCONT)
+            self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+            self._wait_until(
+                lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D", "-p", "low") == "2", node
+            )
 
     def stop(self) -> None:
         self.run("scancel", "--user=root")

@@ -27,9 +27,10 @@ def submit(slurm, folder: Path, *words: str, **options) -> str:
     folder.mkdir(exist_ok=True)
     command = folder / "tiny"
     script = Path(__file__).with_name("tiny_run.py")
-    # as cli/main.py does it: the flag first, then the imports that take seconds
+    # as the command line does it: the flag first, then the imports that take seconds
     start = (
         "from lightning_modules.training.run.signals import STOP; STOP.install(); import runpy; "
+        "from lightning_modules.training.run.launch import meet; meet(); "
         f"runpy.run_path('{script}', run_name='__main__')"
     )
     command.write_text(f'#!/bin/bash\nexec {sys.executable} -c "{start}" "$@"\n')
@@ -164,6 +165,66 @@ def test_a_node_without_the_command_is_left_alone(slurm, tmp_path):
         del slurm.environment["EVA02_AT_ENV"], slurm.environment["EVA02_AT_EXCLUDE"]
     assert f"started on {second}" in log(tmp_path)
     assert f"keeping off {first}" in log(tmp_path)
+
+
+def test_two_steps_of_one_allocation_run_side_by_side(slurm, tmp_path, untouched):
+    """Each of two ranks on two nodes, at the same time: no port is taken, no rank is confused."""
+    submit(slurm, tmp_path, "--hold")  # for the command it writes
+    lines = []
+    for name in ("a", "b"):
+        options = json.dumps({"folder": str(tmp_path / name), "epochs": 2, "strategy": "zero2"})
+        words = f"srun --overlap --nodes=2 --ntasks=2 {tmp_path}/tiny '{options}'"
+        lines.append(f"{words} >{tmp_path}/{name}.txt 2>&1 & {name}=$!")
+    ends = "wait $a; a=$?; wait $b; b=$?; echo codes $a $b"
+    batch = executable(tmp_path / "batch", "\n".join([*lines, ends]))
+    words = ("--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/codes.txt", str(batch))
+    job = slurm.submit("--partition=high", *words)
+    slurm.wait_for(job, "COMPLETED", "FAILED", seconds=240)
+    told = [(tmp_path / f"{name}.txt").read_text() for name in ("a", "b")]
+    assert (tmp_path / "codes.txt").read_text() == "codes 0 0\n", told
+    assert curve(tmp_path / "a") == curve(tmp_path / "b")
+
+
+def test_a_node_that_slurm_takes_for_dead_cannot_spoil_its_successor(slurm, tmp_path, untouched):
+    """Its slurmd hangs, the job is started on the other node, and the first start runs on."""
+    options = {"epochs": 12, "owner": {"beat_s": 1.0, "lost_s": 60.0}, "strategy": "ddp"}
+    words = ("--nodes=1", "--partition=low")
+    job = submit(slurm, tmp_path, *words, trouble={"pause_s": 0.5}, **options)
+    wait_for_steps(slurm, job, tmp_path, 4)
+    node = slurm.run("squeue", "-h", f"--jobs={job}", "-o", "%N")
+    with slurm.hanging(node):
+        slurm.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+        slurm.wait_for(job, "PENDING", "RUNNING")
+        ended = slurm.wait_for(job, "COMPLETED", "FAILED", seconds=240)
+        deadline = time.monotonic() + 60
+        while "goes on from its newest checkpoint; this one ends" not in log(tmp_path):
+            assert time.monotonic() < deadline, log(tmp_path)
+            time.sleep(0.5)
+    assert ended == "COMPLETED", log(tmp_path)
+    assert "taking over" in log(tmp_path)
+    assert f"SLURM job {job}" in log(tmp_path)
+    done = curve(tmp_path, 1)  # what was done twice came out the same
+    assert sorted(done) == list(range(12 * STEPS_PER_EPOCH))
+    kept = sorted((tmp_path / "checkpoints").glob("step-*"))
+    assert kept[-1].name == f"step-{12 * STEPS_PER_EPOCH:08d}"
+    assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
+
+
+def test_a_command_that_nobody_started_for_each_task_says_so_at_once(slurm, tmp_path, recipe):
+    """`srun` was forgotten in a batch script; and a shell of `salloc` trains on one machine."""
+    program = Path(sys.executable).with_name("eva02-at")
+    words = f"--config {recipe} --run_dir={tmp_path}/run --trainer.accelerator=cpu"
+    more = "--trainer.devices=1 --trainer.max_epochs=1"
+    slurm.environment |= {"EVA02_AT_START_S": "60"}
+    wrap = f"--wrap={program} fit {words} {more}; echo code $?"
+    told = f"--output={tmp_path}/log.txt"
+    job = slurm.submit("--partition=high", "--nodes=2", "--ntasks=2", told, wrap)
+    slurm.wait_for(job, "COMPLETED", "FAILED")
+    assert "code 2" in log(tmp_path)
+    assert "not started by `srun`" in log(tmp_path)
+    alone = f"{program} fit {words} {more}; echo code $?"
+    out = slurm.run("salloc", "-Q", "-n1", "-phigh", "-Jtrain", "bash", "-c", alone)
+    assert "code 0" in out, out
 
 
 @pytest.mark.slow

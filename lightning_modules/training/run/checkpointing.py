@@ -222,9 +222,16 @@ class SafeCheckpoints(Checkpoint):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last step."""
-        if not is_trial(trainer):
-            self._save_and_wait(trainer)
+        """Save the last step.
+
+        Raises:
+            OSError: It could not be saved: what was trained last is lost, and must be done again.
+        """
+        if not is_trial(trainer) and not self._save_and_wait(trainer):
+            raise OSError(
+                f"trained to step {trainer.global_step}, but the checkpoint could not be written; "
+                f"the older ones in {self._folder.root} are intact"
+            )
 
     def _is_validating(self, trainer: Trainer) -> bool:
         """A validation within a run, of which something is kept."""

@@ -1,0 +1,53 @@
+"""Whether this machine has the devices that a run was given or asks for. Light to import."""
+
+from __future__ import annotations
+
+import os
+
+_GIVEN = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE")
+
+
+class MachineFault(RuntimeError):
+    """Something that this machine should have is not there or does not work."""
+
+
+def check_devices(accelerator: object, devices: object = "auto") -> None:
+    """Refuse to train on a CPU what was meant for GPUs, or on far more processes than cores.
+
+    Args:
+        accelerator: The recipe's, as written.
+        devices: The recipe's, as written.
+
+    Raises:
+        MachineFault: SLURM gave this job GPUs that do not work on this node.
+        ValueError: The recipe asks for what is not here.
+    """
+    import torch
+
+    given = next((f"{name}={os.environ[name]}" for name in _GIVEN if os.environ.get(name)), None)
+    asked = accelerator in ("gpu", "cuda")
+    if (asked or (accelerator == "auto" and given)) and not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            raise ValueError(
+                f"GPUs are wanted ({given or f'trainer.accelerator={accelerator}'}), but this "
+                f"PyTorch ({torch.__version__}) is built without CUDA. Mend: install its CUDA "
+                "build, or say --trainer.accelerator=cpu"
+            )
+        if given:
+            raise MachineFault(
+                f"SLURM gave this job GPUs ({given}), but PyTorch finds no usable CUDA driver on "
+                "this node; what does `nvidia-smi` say here?"
+            )
+        raise ValueError(
+            f"trainer.accelerator is {accelerator}, but PyTorch finds no GPU here. Mend: run it "
+            "where there is one, or say --trainer.accelerator=cpu"
+        )
+    cores = len(os.sched_getaffinity(0))
+    alone = "SLURM_STEP_ID" not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    if alone and accelerator != "gpu" and not torch.cuda.is_available():
+        count = int(devices) if str(devices).isdigit() else 1
+        if count > 4 * cores:
+            raise ValueError(
+                f"trainer.devices is {count}, which would start {count} processes on {cores} cores"
+                f". Mend: at most {4 * cores} here, or the launcher of a cluster"
+            )
