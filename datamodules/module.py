@@ -28,7 +28,8 @@ from datamodules.stream.loader import PlaceLoader
 from datamodules.stream.order import StreamOrder
 from datamodules.stream.prefetch import Prefetcher, Upcoming
 from datamodules.stream.reader import Corpus, SampleReader
-from datamodules.stream.stores import is_remote
+from datamodules.stream.retry import Retry
+from datamodules.stream.stores import Fetcher, is_remote
 from datamodules.video.decode import Decoder
 from datamodules.video.frames import Limits
 
@@ -113,6 +114,8 @@ class StreamDataModule(LightningDataModule):
         decode_timeout_s: A sample whose decoding takes longer is named, replaced, and written to
             `hung_samples.jsonl` in the run's folder, so that later starts do not meet it; needs
             `num_workers` of at least 1.
+        storage_patience_s: How long a file system or a store that fails is waited for; then the
+            run stops, with a checkpoint.
         max_pixels: Clips with larger frames are damaged samples.
         cache_dir: Folder for copies of remote shards; needed if a manifest is a URL.
         cache_gb: How much it may hold.
@@ -139,6 +142,7 @@ class StreamDataModule(LightningDataModule):
         accept_changed_data: bool = False,
         decoder: Decoder = "auto",
         decode_timeout_s: float = 60.0,
+        storage_patience_s: float = 600.0,
         max_pixels: int = Limits.max_pixels,
         cache_dir: str | None = None,
         cache_gb: float = 100.0,
@@ -146,7 +150,10 @@ class StreamDataModule(LightningDataModule):
         allow_pipe: bool = False,
     ) -> None:
         super().__init__()
-        self.cache = None if cache_dir is None else FileCache(cache_dir, int(cache_gb * 1e9))
+        self.retry = Retry(patience_s=storage_patience_s)
+        fetcher = Fetcher(self.retry)
+        limit = int(cache_gb * 1e9)
+        self.cache = None if cache_dir is None else FileCache(cache_dir, limit, fetcher)
         limits = Limits(max_pixels=max_pixels)
         self.clip_options = ClipOptions(num_frames, image_size, crop_scale, decoder, limits)
         self.decode_timeout_s = decode_timeout_s
@@ -198,7 +205,7 @@ class StreamDataModule(LightningDataModule):
         micro_batches = self._micro_batches()
         num_parts = world_size * micro_batches
         self.order.check_parts(num_parts)
-        reader = SampleReader(self.corpus, self.cache)
+        reader = SampleReader(self.corpus, self.cache, self.retry)
         if self._prefetcher is None:
             self._prefetcher = self._make_prefetcher()
         self.fault_monitor = FaultMonitor(self.num_workers, self.max_fault_rate)
@@ -347,7 +354,7 @@ class StreamDataModule(LightningDataModule):
     def _loader(
         self, dataset: Any, places: Any, length: int, reader: SampleReader | None
     ) -> PlaceLoader:
-        return PlaceLoader(
+        loader = PlaceLoader(
             dataset,
             places,
             length,
@@ -357,11 +364,16 @@ class StreamDataModule(LightningDataModule):
             describe=None if reader is None else reader.describe,
             watch=getattr(dataset, "watch", None),
         )
+        callbacks = [] if self.trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
+        fits = self.trainer is not None and self.trainer.state.fn == "fit"
+        loader.hands_over = fits and any(hasattr(c, "takes_no_batch") for c in callbacks)
+        return loader
 
     def _eval_loaders(self, split: RetrievalSplit | None) -> list[PlaceLoader]:
         if split is None:
             return []
-        reader = SampleReader(Corpus.load([split.manifest], None, self.allow_pipe), self.cache)
+        corpus = Corpus.load([split.manifest], None, self.allow_pipe)
+        reader = SampleReader(corpus, self.cache, self.retry)
         monitor = FaultMonitor(self.num_workers, self.max_fault_rate)
         clips = EvalClips(reader, self.clip_options, monitor, self._watch(reader.corpus))
         sentences = EvalSentences(split.sentences(self.allow_pipe))

@@ -50,6 +50,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "lightning_modules.training.run.private",
     ),
     "lightning_modules.training.run": (
+        "datamodules.stream.retry",
         "datamodules.files",
         "lightning_modules.checkpoints.plain_data",
         "lightning_modules.training.monitor.csv_log",

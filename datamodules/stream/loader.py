@@ -18,6 +18,7 @@ from torch.utils.data._utils import signal_handling
 from datamodules.manifest import WrongManifest
 from datamodules.stream.faults import FaultMonitor
 from datamodules.stream.hung import DecodeWatch
+from datamodules.stream.retry import NoBatch, StorageUnavailable
 from datamodules.video.workers import die_with
 
 # Workers share the process group of the trainer. A signal to stop is for the trainer, which still
@@ -58,6 +59,7 @@ class PlaceLoader:
         self.dataset, self.places, self.length = dataset, places, length
         self.num_workers, self.prefetch = num_workers, prefetch
         self.monitor, self.describe, self.watch = monitor, describe, watch
+        self.hands_over = False  # a NoBatch where the storage fails for good, to who knows it
 
     def __len__(self) -> int:
         return self.length
@@ -109,6 +111,13 @@ class PlaceLoader:
                     raise WrongManifest(
                         message.partition("WrongManifest: ")[2] or message
                     ) from None
+                except StorageUnavailable as error:
+                    message = str(error).strip().splitlines()[-1]
+                    told = message.partition("StorageUnavailable: ")[2] or message
+                    if not self.hands_over:
+                        raise StorageUnavailable(told) from None
+                    yield NoBatch(told)
+                    return
                 # a dead worker also breaks the pipe on which it handed over its last batch
                 except (RuntimeError, OSError, EOFError) as error:
                     dead = _dead(workers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import zlib
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from datamodules.files import open_plain_file
 from datamodules.manifest import ClipRecord, Manifest, Shard, ShardIndex, WrongManifest
 from datamodules.stream.cache import FileCache
-from datamodules.stream.retry import StorageUnavailable
+from datamodules.stream.retry import Retry, StorageUnavailable, is_infrastructure, wait_out
 from datamodules.stream.stores import is_remote, local_path
 from datamodules.video.decode import DamagedSample
 
@@ -97,6 +98,14 @@ class Corpus:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _is_unmounted(root: str) -> bool:
+    """True where a folder with a manifest is gone, or empty as a mount point without its mount."""
+    try:
+        return not any(local_path(root).iterdir())
+    except OSError:
+        return True
+
+
 @dataclass(frozen=True)
 class StoredSample:
     """A sample as it lies in its shard.
@@ -120,13 +129,17 @@ class SampleReader:
     Args:
         corpus: What to read.
         cache: Where remote shards go; needed if there are any.
+        retry: How long to wait for local files whose file system fails: what is read late is the
+            same sample, so that the order never changes for it.
 
     Raises:
         ValueError: A shard is remote and there is no cache.
     """
 
-    def __init__(self, corpus: Corpus, cache: FileCache | None = None) -> None:
-        self.corpus, self.cache = corpus, cache
+    def __init__(
+        self, corpus: Corpus, cache: FileCache | None = None, retry: Retry | None = None
+    ) -> None:
+        self.corpus, self.cache, self.retry = corpus, cache, retry or Retry()
         self._pid = 0
         self._open: OrderedDict[int, tuple[int, ShardIndex]] = OrderedDict()
         self._given_up: dict[int, str] = {}
@@ -149,7 +162,7 @@ class SampleReader:
 
     def __getstate__(self) -> dict[str, Any]:
         fresh = {"_pid": 0, "_open": OrderedDict(), "_given_up": {}}
-        return {"corpus": self.corpus, "cache": self.cache, **fresh}
+        return {"corpus": self.corpus, "cache": self.cache, "retry": self.retry, **fresh}
 
     def describe(self, shard: int, row: int) -> str:
         """Name a sample for a log line: key, clip id and tar."""
@@ -166,14 +179,10 @@ class SampleReader:
 
         Raises:
             DamagedSample: It is missing, cut short, or not what was stored (CRC-32).
+            StorageUnavailable: The file system failed for longer than `retry` waits.
         """
-        descriptor, index = self._shard(shard)
-        place = index.rows[row]
+        index, place, video = self._read(shard, row)
         size = int(place["video_bytes"])
-        try:
-            video = os.pread(descriptor, size, int(place["video_offset"]))
-        except OSError as error:
-            raise DamagedSample(f"unreadable: {error}") from error
         if len(video) != size:
             raise DamagedSample(f"truncated: {len(video)} of {size} bytes")
         if zlib.crc32(video) != place["crc32"]:
@@ -182,6 +191,26 @@ class SampleReader:
             return StoredSample(index.key(row), index.record(row), video)
         except ValueError as error:
             raise DamagedSample(str(error)) from error
+
+    def _read(self, shard: int, row: int) -> tuple[ShardIndex, Any, bytes]:
+        manifest, number = self.corpus.shard(shard)
+
+        def attempt() -> tuple[ShardIndex, Any, bytes]:
+            descriptor, index = self._shard(shard)
+            place = index.rows[row]
+            try:
+                video = os.pread(descriptor, int(place["video_bytes"]), int(place["video_offset"]))
+            except OSError:
+                os.close(self._open.pop(shard)[0])  # a stale one stays stale
+                raise
+            return index, place, video
+
+        try:
+            return wait_out(attempt, manifest.url(manifest.shards[number].name), self.retry)
+        except StorageUnavailable:
+            raise
+        except OSError as error:
+            raise DamagedSample(f"unreadable: {error}") from error
 
     def _shard(self, number: int) -> tuple[int, ShardIndex]:
         if self._pid != os.getpid():
@@ -200,6 +229,12 @@ class SampleReader:
             # nothing is damaged: the order of samples rests on wrong numbers, or the store is away
             raise
         except (OSError, ValueError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if isinstance(cause, OSError) and not is_remote(manifest.root):
+                if is_infrastructure(cause):
+                    raise cause from None
+                if isinstance(cause, FileNotFoundError) and _is_unmounted(manifest.root):
+                    raise OSError(errno.ESTALE, f"{manifest.root} is not mounted") from None
             # not tried again for each of its samples: a remote one has had its retries
             self._given_up[number] = f"unreadable: {error}"
             raise DamagedSample(self._given_up[number]) from error

@@ -53,6 +53,20 @@ class StorageUnavailable(OSError):
     """The storage did not come back in time; says what was wanted and what went wrong last."""
 
 
+@dataclass  # not frozen: Lightning moves it like a batch
+class NoBatch:
+    """What a loader hands over in a batch's place when the storage did not come back.
+
+    An exception would end one rank and leave the others in their next collective; this lets all
+    of them agree to stop, with a checkpoint.
+
+    Attributes:
+        storage_fault: What became of the batch.
+    """
+
+    storage_fault: str
+
+
 @dataclass(frozen=True)
 class Retry:
     """How long to wait for storage.

@@ -1,5 +1,7 @@
 """Starting tiny runs and reading their curves."""
 
+import csv
+
 from safetensors.torch import load_file
 from tiny_run import STEPS_PER_EPOCH, steps
 
@@ -30,3 +32,10 @@ def average(folder):
     newest = (folder / "checkpoints" / "latest").read_text().strip()
     tensors = load_file(folder / "checkpoints" / newest / "ema.safetensors")
     return {name: tensor.flatten().tolist() for name, tensor in sorted(tensors.items())}
+
+
+def losses_of(run_dir):
+    """(step, loss) as a recipe's run has logged them."""
+    with (run_dir / "logs" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("train/loss")]
+    return [(row["step"], row["train/loss"]) for row in rows]

@@ -63,6 +63,16 @@ def complete(folder: Path) -> list[str]:
     return store.names()
 
 
+def start(failing, folder: Path, **options):
+    """One run; its log lies elsewhere, since what it says may not fail."""
+    folder.mkdir(exist_ok=True)
+    log = folder.with_name("log.txt")
+    log.unlink(missing_ok=True)
+    launched = failing.start(log, folder=str(folder), **options)
+    launched.wait()
+    return launched
+
+
 def inject(failing, folder: Path, stopped, begin: str, fault: dict) -> str:
     """One run with a fault, then one without; what became of the first."""
     part, whole = stopped
@@ -70,7 +80,7 @@ def inject(failing, folder: Path, stopped, begin: str, fault: dict) -> str:
     if begin == "resume":
         shutil.copytree(part, folder)
     before = complete(folder)
-    hurt = run(failing, folder, fault={"under": str(folder), **fault}, **OPTIONS)
+    hurt = start(failing, folder, fault={"under": str(folder), **fault}, **OPTIONS)
     told = hurt.text()
     assert hurt.codes in ([0], [75]), told
     hit = "fault: hit" in told
@@ -81,7 +91,7 @@ def inject(failing, folder: Path, stopped, begin: str, fault: dict) -> str:
         assert "Traceback" not in told, told
     else:
         assert kept[-1] == f"step-{2 * STEPS_PER_EPOCH:08d}", told
-    again = run(failing, folder, **OPTIONS)
+    again = start(failing, folder, **OPTIONS)
     assert again.codes == [0], again.text()
     assert curve(folder, 1) == whole
     assert complete(folder)[-1] == f"step-{2 * STEPS_PER_EPOCH:08d}"
@@ -92,7 +102,7 @@ def count_calls(failing, folder: Path, stopped, begin: str, call: str) -> int:
     shutil.rmtree(folder, ignore_errors=True)
     if begin == "resume":
         shutil.copytree(stopped[0], folder)
-    done = run(failing, folder, fault={"under": str(folder), "call": call, "n": 10**9}, **OPTIONS)
+    done = start(failing, folder, fault={"under": str(folder), "call": call, "n": 10**9}, **OPTIONS)
     (line,) = (line for line in done.text().splitlines() if line.startswith("fault: "))
     return int(line.split()[-1])
 

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from datamodules.files import write_atomically
+from datamodules.stream.retry import NoBatch, StorageUnavailable
 from lightning_modules.training.monitor.csv_log import AppendingCSVLogger
 from lightning_modules.training.optim.ema import (
     EMA_FILE,
@@ -183,6 +184,38 @@ class SafeCheckpoints(Checkpoint):
             self._owner.release()
 
     # -- when -----------------------------------------------------------------------------------
+    takes_no_batch = True  # loaders may hand over a NoBatch, instead of raising on one rank
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop together, with a checkpoint, where some rank's storage failed for good."""
+        self._all_have_batches(trainer, batch)
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """The same; the resumed run repeats the whole validation."""
+        if self._is_validating(trainer):
+            self._all_have_batches(trainer, batch)
+
+    def _all_have_batches(self, trainer: Trainer, batch: Any) -> None:
+        fault = batch.storage_fault if isinstance(batch, NoBatch) else None
+        if not self._ranks.maximum([int(fault is not None)])[0]:
+            return
+        told = [(r, why) for r, why in enumerate(self._ranks.gather(fault)) if why is not None]
+        saved = is_trial(trainer) or self._save_and_wait(trainer) or self._progress is None
+        what = "with" if saved else "WITHOUT"
+        raise StorageUnavailable(
+            f"{'; '.join(f'rank {r}: {why}' for r, why in told)}. Stopped after step "
+            f"{trainer.global_step}, {what} a checkpoint of it"
+        )
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
