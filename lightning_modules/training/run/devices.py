@@ -45,7 +45,7 @@ def check_devices(accelerator: object, devices: object = "auto") -> None:
     cores = len(os.sched_getaffinity(0))
     alone = "SLURM_STEP_ID" not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
     if alone and accelerator != "gpu" and not torch.cuda.is_available():
-        count = int(devices) if str(devices).isdigit() else 1
+        count = int(str(devices)) if str(devices).isdigit() else 1
         if count > 4 * cores:
             raise ValueError(
                 f"trainer.devices is {count}, which would start {count} processes on {cores} cores"
