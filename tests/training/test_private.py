@@ -25,6 +25,7 @@ ELSEWHERE = {
     ("kernels/operators.py", "_dynamo_marked_constant"),
     ("kernels/trial.py", "torch.utils._python_dispatch"),
     ("datamodules/stream/loader.py", "torch.utils.data._utils"),
+    ("datamodules/stream/loader.py", "_shutdown_workers"),
     ("lightning_modules/models/towers.py", "_dynamo"),  # documented under this name
 }
 LAMB = "lightning_modules/training/optim/lamb.py"
