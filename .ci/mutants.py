@@ -25,7 +25,10 @@ COPIED = (*PACKAGES, "tests", "configs", "slurm", "docs", "pyproject.toml", "REA
 ROOMS = {
     "losses": (["lightning_modules/losses/*.py"], ["tests/losses"]),
     "metrics": (["lightning_modules/metrics/*.py"], ["tests/metrics"]),
-    "order": (["datamodules/stream/order.py"], ["tests/data/test_order.py"]),
+    "order": (
+        ["datamodules/stream/order.py"],
+        ["tests/data/test_order.py", "tests/data/test_prefetch.py"],
+    ),
     "checkpoints": (
         ["lightning_modules/checkpoints/*.py"],
         ["tests/checkpoints", "tests/inference/test_convert.py"],

@@ -197,7 +197,7 @@ def _fit(found: Translation, model: Towers) -> tuple[dict[str, Tensor], LoadRepo
     if wrong:
         raise ValueError(f"wrong shapes: {_some(wrong, '; ')}. Is it a checkpoint of this preset?")
     if not loaded:
-        raise ValueError(f"no key fits this model; the file has {_some(list(found.ignored) or [])}")
+        raise ValueError(f"no key fits this model; the file has {_some(report.ignored)}")
     report.missing = [k for k in parameters if k not in loaded and k not in report.reinitialised]
     _check_whole(found, report.missing)
     return loaded, report

@@ -210,6 +210,23 @@ def cubic_weights(point: float, size: int) -> torch.Tensor:
     return weights
 
 
+def test_half_precision_positions_are_resampled_in_full() -> None:
+    state = {key: tensor.half() for key, tensor in build(seed=1).state_dict().items()}
+    load_clip_checkpoint(state, target := build(seed=2, image_size=24, num_frames=16))
+    exact = {key: tensor.float() for key, tensor in state.items()}
+    load_clip_checkpoint(exact, same := build(seed=3, image_size=24, num_frames=16))
+    assert_same_model(target, same)
+
+
+def test_positions_without_a_batch_dimension_are_resampled_on_their_grid() -> None:
+    source = build(seed=1)
+    state = source.state_dict()
+    load_clip_checkpoint(state, expected := build(seed=2, image_size=24))
+    flat = {**state, "visual.pos_embed": state["visual.pos_embed"][0]}
+    load_clip_checkpoint(flat, target := build(seed=3, image_size=24))
+    assert_same_model(target, expected)
+
+
 def test_model_is_untouched_when_a_shape_is_wrong() -> None:
     source, target = build(seed=1), build(seed=2)
     before = {k: v.clone() for k, v in target.state_dict().items()}
@@ -237,9 +254,16 @@ def split_qkv_without_v(state: dict) -> dict:
     [
         (lambda s: {"a": 1}, "holds no tensors"),
         (lambda s: {}, "holds no tensors"),
-        (lambda s: {"foo.bar": torch.ones(2)}, "no key fits"),
+        (lambda s: {"foo.bar": torch.ones(2)}, r"no key fits this model; the file has foo\.bar"),
         (drop("visual.blocks.1.norm1.weight"), r"lacks visual\.blocks\.1\.norm1\.weight"),
-        (lambda s: {k: v for k, v in s.items() if "visual.blocks.1." not in k}, r"0\.\.0.*0\.\.1"),
+        (
+            lambda s: {k: v for k, v in s.items() if "visual.blocks.1." not in k},
+            r"its visual tower has blocks 0\.\.0, the model's 0\.\.1; build the preset",
+        ),
+        (
+            lambda s: {k.replace("visual.blocks.1.", "visual.blocks.3."): v for k, v in s.items()},
+            r"its visual tower has blocks 0\.\.3 with gaps, the model's 0\.\.1;",
+        ),
         (split_qkv_without_v, r"q_proj\.weight.*lacks.*v_proj\.weight"),
         (
             lambda s: {**s, "visual.blocks.0.ls1.gamma": torch.ones(32)},

@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.stream.order import StreamOrder, keyed_hash, keyed_permutation
+from datamodules.stream.order import (
+    FULL_SHUFFLE_LIMIT,
+    LARGE_WINDOW,
+    StreamOrder,
+    keyed_hash,
+    keyed_permutation,
+)
 
 
 def epoch_pairs(order, epoch=0):
@@ -111,6 +117,58 @@ def test_orders_are_frozen(options, expected):
     order = StreamOrder([17, 5, 8], global_batch_size=4, seed=3, **options)
     pairs = [epoch_pairs(order, epoch) for epoch in range(3)]
     assert hashlib.sha256(repr(pairs).encode()).hexdigest()[:16] == expected
+
+
+def test_defaults():
+    plain = StreamOrder([9, 4], global_batch_size=4)
+    assert epoch_pairs(plain) == epoch_pairs(StreamOrder([9, 4], global_batch_size=4, seed=0))
+    assert plain.counts.dtype == plain.taken.dtype == np.int64  # products of rows and lanes
+    small = np.array([100, 100], dtype=np.int8)  # whose sum it could not hold
+    assert StreamOrder(small, global_batch_size=4).num_samples == 200
+
+
+@pytest.mark.parametrize(
+    ("batch", "lanes"), [(7, 7), (1024, 1024), (1031, 1), (2049, 683), (3 * 1031, 3), (1536, 768)]
+)
+def test_lanes_are_the_largest_divisor_up_to_1024(batch, lanes):
+    assert StreamOrder([batch], global_batch_size=batch).lanes == lanes
+
+
+@pytest.mark.parametrize(
+    ("more", "window"), [(-1, FULL_SHUFFLE_LIMIT - 1), (0, FULL_SHUFFLE_LIMIT), (1, LARGE_WINDOW)]
+)
+def test_a_million_samples_are_shuffled_as_a_whole(more, window):
+    order = StreamOrder([FULL_SHUFFLE_LIMIT + more], global_batch_size=4)
+    assert order.window == window
+
+
+def test_a_shard_may_have_no_weight_but_not_a_negative_one():
+    order = StreamOrder([4, 4], global_batch_size=4, weights=[0, 1])
+    assert {shard for shard, _ in epoch_pairs(order)} == {1}
+    for weights in ([1.0], [1.0, -0.5], [1.0, 1.0, 1.0]):
+        with pytest.raises(ValueError, match=r"^weights must be one number >= 0 for each shard$"):
+            StreamOrder([4, 4], global_batch_size=4, weights=weights)
+
+
+@pytest.mark.parametrize("step", [-1, 3])
+def test_a_step_outside_the_epoch_is_an_error(step):
+    epoch = StreamOrder([12], global_batch_size=4).epoch(0)
+    assert len(epoch.batch(2)) == 4
+    with pytest.raises(IndexError, match=f"step {step} of an epoch of 3"):
+        epoch.batch(step)
+
+
+def test_each_window_is_permuted_once(monkeypatch):
+    """A permutation of 4,096 for every sample would take longer than to decode it."""
+    asked = []
+
+    def counting(size, *key):
+        asked.append(key)
+        return keyed_permutation(size, *key)
+
+    monkeypatch.setattr("datamodules.stream.order.keyed_permutation", counting)
+    epoch_pairs(StreamOrder([24], global_batch_size=4, lanes=2, window=6))
+    assert len(asked) == len(set(asked)) == 1 + 2 * 2  # the shards', and two windows a lane
 
 
 def test_sizes_that_do_not_fit_are_refused():

@@ -245,6 +245,7 @@ def test_settings_and_descriptions_are_typed(tmp_path: Path) -> None:
         ("vision.depth=two", "no number"),
         ("vision", "FIELD=VALUE"),
         ("vision.depth.x=2", "unknown field"),
+        ("vision.qqqq=2", r"unknown field 'qqqq' Fields lie under"),  # nothing near to suggest
     ]:
         with pytest.raises(ValueError, match=message):
             with_settings(EVA, [setting])

@@ -83,6 +83,23 @@ def test_tied_items_rank_by_index():
     assert ranks == pytest.approx([1, 1 / 2, 1 / 3])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_of_nothing_but_ties_rank_by_index(dtype):
+    similarity = torch.zeros(3, 1000, dtype=dtype)
+    similarity[1, 500:] = 1.0
+    expected = torch.arange(1000).repeat(3, 1)
+    expected[1] = expected[1].roll(500)
+    assert torch.equal(ranking.descending_order(similarity), expected)
+
+
+def test_a_matrix_that_does_not_fit_the_classes_is_refused():
+    ids = torch.zeros(4, 1, dtype=torch.int64)
+    videos, texts = class_sets((ids[:3], ids), (ids[:3], ids))
+    told = r"shape \(4, 3\); with 3 videos \(rows\) and 4 texts \(columns\) it must be \(3, 4\)"
+    with pytest.raises(ValueError, match=told):
+        multi_instance_scores_from_classes(torch.zeros(4, 3), videos, texts)
+
+
 def test_infinite_similarities_rank():
     similarity = torch.tensor([[-torch.inf, 1.0, torch.inf]])
     assert multi_instance_map(similarity, torch.tensor([[1.0, 0, 0]]))[0].item() == 1 / 3
