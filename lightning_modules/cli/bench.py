@@ -8,6 +8,7 @@ from collections.abc import Callable
 # Imported only when run: each pulls in another part of the project.
 BENCHES = {
     "kernels": "rotation, attention and encoder block against the field's formulation",
+    "checkpoint": "a step's wait for a checkpoint, written in the background or not",
     "data": "reading and decoding clips",
     "eval": "mAP and nDCG against full sorts in numpy",
     "gpu": "all that only a GPU can show, in ten minutes (`make gpu`)",
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> int:
     """
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: eva02-at bench NAME [--json FILE] [options]\n")
-        print("\n".join(f"  {name:<9}{text}" for name, text in BENCHES.items()))
+        print("\n".join(f"  {name:<11}{text}" for name, text in BENCHES.items()))
         return 0 if argv else 2
     name, *rest = argv
     if name not in BENCHES:

@@ -131,7 +131,7 @@ CALLS = [
     "checkpointing.refuse_poison",
     "checkpointing.dump_checkpoint",
     "checkpointing.CheckpointFolder.begin",
-    "checkpointing.host_copy",
+    "saving.HostMemory.copy",
     "checkpointing.Piece",
     "saving.file_record",
     "saving.CheckpointFolder.commit",

@@ -147,7 +147,7 @@ class RunLife(RuleBasedStateMachine):
     @rule(
         ahead=AHEAD,
         call=st.sampled_from(
-            ["saving.file_record", "saving.CheckpointFolder.commit", "checkpointing.host_copy"]
+            ["saving.file_record", "saving.CheckpointFolder.commit", "saving.HostMemory.copy"]
         ),
         world=st.sampled_from([1, 2]),
     )
@@ -219,8 +219,11 @@ class RunLife(RuleBasedStateMachine):
     def labels_are_the_oracles(self):
         own, oracle = rows(self.folder), {row[:2]: row[2] for row in rows(SHARED["oracle"])}
         for step, name, value in own:
-            if name == "train/loss" or step not in self.cut_short:
-                assert value == pytest.approx(oracle[step, name], rel=0 if self.exact else 1e-4)
+            if name == "val/map_avg":
+                due = pytest.approx(oracle.get((step, name)), rel=0 if self.exact else 1e-4)
+                assert value == due or step in self.cut_short
+            elif self.exact:  # on several ranks rank 0 logs its own part
+                assert value == oracle[step, name]
         losses = [step for step, name, _ in own if name == "train/loss"]
         assert losses == sorted(set(losses))
 

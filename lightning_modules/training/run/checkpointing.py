@@ -41,7 +41,7 @@ from lightning_modules.training.run.private import (
     silence_lightning_signals,
     validation_due,
 )
-from lightning_modules.training.run.saving import Piece, Saving, host_copy, write_state
+from lightning_modules.training.run.saving import HostMemory, Piece, Saving, write_state
 from lightning_modules.training.run.signals import STOP, RunStopped
 from lightning_modules.training.run.strategies import PlainCheckpointIO, ZeroStrategy, kind_of
 
@@ -67,7 +67,7 @@ class SafeCheckpoints(Checkpoint):
         monitor: Metric for `keep_best`.
         mode: Whether a large (`max`) or small (`min`) metric is good.
         background: Copy the state to host memory and write it while the training goes on. Each
-            process needs memory for one copy of what it writes: under ZeRO its share of the
+            process keeps memory for one copy of what it writes: under ZeRO its share of the
             optimiser state, otherwise rank 0 the whole state. The next checkpoint, a stop and the
             end of the run wait for the one under way.
 
@@ -99,6 +99,7 @@ class SafeCheckpoints(Checkpoint):
         self.keep = (keep_last, keep_best, monitor, mode)
         self.background = background
         self._saving: Saving | None = None  # the one under way
+        self._memory = HostMemory()
         self.flag = STOP
         self._folder: CheckpointFolder
         self._owner: RunOwner | None = None
@@ -382,11 +383,13 @@ class SafeCheckpoints(Checkpoint):
         else:
             states = [(folder / STATE, checkpoint)] if ranks.rank == 0 else []
         with ranks.together(f"copying {name}"):
-            pieces = [Piece(path, host_copy(state), write_state) for path, state in states]
-            if ranks.rank == 0:
-                pieces += [Piece(folder / EMA_FILE, host_copy(w), save_average) for w in whole]
-                if self.recipe is not None:
-                    pieces.append(Piece(folder / RECIPE, self.recipe, _write_text))
+            whole = whole if ranks.rank == 0 else []
+            copies, averages_copy = self._memory.copy(([state for _, state in states], whole))
+            paths = [path for path, _ in states]
+            pieces = [Piece(p, c, write_state) for p, c in zip(paths, copies, strict=True)]
+            pieces += [Piece(folder / EMA_FILE, copy, save_average) for copy in averages_copy]
+            if ranks.rank == 0 and self.recipe is not None:
+                pieces.append(Piece(folder / RECIPE, self.recipe, _write_text))
         return pieces
 
 

@@ -76,35 +76,62 @@ class _FirstError:
         self._file.flush()
 
 
-def host_copy(state: Any) -> Any:
-    """Copy a nested state into host memory, tensors that share storage sharing it in the copy too.
+class HostMemory:
+    """Host memory for copies of a state, kept from one to the next: one checkpoint is under way.
 
-    Whole storages are copied, as `torch.save` writes them.
+    Memory that is new to a process costs several times the copy itself, page by page.
     """
-    storages: dict[int, torch.UntypedStorage] = {}
 
-    def copied(value: Any) -> Any:
+    def __init__(self) -> None:
+        self._free: dict[int, list[torch.UntypedStorage]] = {}
+        self._lent: list[torch.UntypedStorage] = []
+
+    def copy(self, state: Any) -> Any:
+        """Copy a nested state, which ends the use of all copies before.
+
+        Tensors that share storage share it in the copy too. Whole storages are copied, as
+        `torch.save` writes them.
+        """
+        free: dict[int, list[torch.UntypedStorage]] = {}
+        for storage in self._lent:
+            free.setdefault(storage.nbytes(), []).append(storage)
+        self._free, self._lent = free, []
+        storages: dict[int, torch.UntypedStorage] = {}
+        copied = self._copied(state, storages)
+        self._free = {}  # of a state that had other sizes
+        return copied
+
+    def _copied(self, value: Any, storages: dict[int, torch.UntypedStorage]) -> Any:
         if isinstance(value, Tensor):
             if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided:
                 return value.detach().cpu().clone()
             value = value.detach()
-            identity, storage = storage_identity(value), value.untyped_storage()
+            identity = storage_identity(value)
             if identity not in storages:
-                storages[identity] = (
-                    storage.clone() if value.device.type == "cpu" else storage.cpu()
-                )
+                storages[identity] = self._lend(value.untyped_storage())
             place = value.storage_offset(), value.size(), value.stride()
             return torch.empty(0, dtype=value.dtype).set_(storages[identity], *place)
         if isinstance(value, dict):
             twin = copy.copy(value)  # a state_dict's type and its attributes
             for key in twin:
-                twin[key] = copied(value[key])
+                twin[key] = self._copied(value[key], storages)
             return twin
         if type(value) in (list, tuple):
-            return type(value)(copied(item) for item in value)
+            return type(value)(self._copied(item, storages) for item in value)
         return copy.deepcopy(value)
 
-    return copied(state)
+    def _lend(self, source: torch.UntypedStorage) -> torch.UntypedStorage:
+        waiting = self._free.get(source.nbytes())
+        if waiting:
+            storage = waiting.pop()
+        else:
+            pinned = source.device.type == "cuda"  # or the copy goes through pinned memory anyway
+            storage = torch.empty(
+                source.nbytes(), dtype=torch.uint8, pin_memory=pinned
+            ).untyped_storage()
+        storage.copy_(source)
+        self._lent.append(storage)
+        return storage
 
 
 class Saving:
