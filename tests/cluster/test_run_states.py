@@ -88,11 +88,13 @@ class RunLife(RuleBasedStateMachine):
             assert [line["step"] for line in new] == list(range(begins, begins + len(new)))
             config = (self.folder / "config.yaml").read_text()
             assert config == f"fit: {self.fits}\n", "the configuration is that of the last training"
-        for name in self.complete():
+        for path in self.folder.glob("checkpoints/step-*/manifest.json"):
+            name, config = path.parent.name, path.parent / "config.yaml"
             if int(name.removeprefix("step-")) > begins:
-                self.damaged.discard(name)
-                kept = (self.folder / "checkpoints" / name / "config.yaml").read_text()
-                assert kept == f"fit: {self.fits}\n", name
+                if config.is_file() and config.read_text() == f"fit: {self.fits}\n":
+                    self.damaged.discard(name)  # written anew
+                assert name in self.damaged or new, name
+                assert name in self.damaged or config.read_text() == f"fit: {self.fits}\n"
         self.last = done
         return done
 

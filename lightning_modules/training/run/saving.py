@@ -129,9 +129,14 @@ class HostMemory:
             storage = torch.empty(
                 source.nbytes(), dtype=torch.uint8, pin_memory=pinned
             ).untyped_storage()
-        storage.copy_(source)
+        _bytes(storage).copy_(_bytes(source))  # a storage's own copy_ is several times slower
         self._lent.append(storage)
         return storage
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    """A storage as a flat tensor."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 class Saving:
