@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from lightning_modules.checkpoints.conversion import save_model
 from lightning_modules.checkpoints.hub import HubAddress
+from lightning_modules.checkpoints.source import find_checkpoint
 from lightning_modules.cli.main import main
 from lightning_modules.models import (
     DualEncoder,
@@ -26,6 +27,7 @@ from lightning_modules.models import (
     VisionConfig,
 )
 from lightning_modules.sharing import model_card
+from lightning_modules.sweep.discovery import find_checkpoints, plan_cells
 
 TOKEN = "hf_ThisMustNeverBeSeenAnywhere"
 CONFIG = DualEncoderConfig(
@@ -251,3 +253,16 @@ def test_a_card_tells_the_recipe_and_no_secret(tmp_path: Path) -> None:
     assert "- `egoclip`" in card and "preset: eva02_at_tiny" in card
     assert "sesame" not in card and "/home/me" not in card
     assert "None was given" in card
+
+
+def test_a_sweep_takes_addresses(hub: HubServer, weights, tmp_path: Path, monkeypatch) -> None:
+    """Its cells name the snapshot's file: the cache's own are links, without the suffix."""
+    monkeypatch.chdir(tmp_path)
+    hub.repositories["lab/model"] = Repository()
+    hub.repositories["lab/model"].commit(weights)
+    sources, damaged = find_checkpoints(["hf:lab/model"])
+    (cell,) = plan_cells(sources, [("egomcq",)])
+    assert not damaged and Path(cell.checkpoint).name == "model.safetensors"
+    again = find_checkpoint(cell.checkpoint)
+    assert again.config is not None and again.config.name == "config.json"
+    assert again.content_hash() == cell.content
