@@ -10,6 +10,7 @@ import ctypes
 import importlib.util
 import subprocess
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,6 +69,10 @@ def pretend() -> None:
         "reset_peak_memory_stats": None,
     }.items():
         setattr(cuda, name, lambda *args, _value=value, **kwargs: _value)
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    cuda.Stream = cuda.current_stream = lambda *args, **kwargs: stream
+    cuda.stream = nullcontext
+    torch.Tensor.record_stream = lambda tensor, stream: None  # type: ignore[method-assign]
     cuda.amp.common.amp_definitely_not_available = lambda: False
     # Random initial values do not exist here, and its fake wants to compare them.
     torch.nn.init.trunc_normal_ = lambda tensor, *args, **kwargs: tensor
