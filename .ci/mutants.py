@@ -31,7 +31,8 @@ ROOMS = {
     ),
     "checkpoints": (
         ["lightning_modules/checkpoints/*.py"],
-        ["tests/checkpoints", "tests/inference/test_convert.py"],
+        ["tests/checkpoints"]
+        + [f"tests/inference/test_{name}.py" for name in ("convert", "convert_zero")],
     ),
     "kernels": (
         # what runs without a GPU; Triton's and C's own text is out of reach

@@ -101,6 +101,8 @@ def test_permutation_is_frozen():
     """The order of runs that are under way must not change with a library or with this code."""
     assert keyed_hash(1, 2, 3) == 0xD0734750FDE362B3
     assert keyed_permutation(8, 5).tolist() == [1, 4, 7, 3, 6, 2, 0, 5]
+    large = keyed_permutation(1 << 20, 5).astype("<i8").tobytes()  # the lowest bits decide here
+    assert hashlib.sha256(large).hexdigest()[:16] == "2086b4a287a0cd17"
 
 
 @pytest.mark.parametrize(

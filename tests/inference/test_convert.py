@@ -11,6 +11,7 @@ import published_layouts as published
 import pytest
 import torch
 from published_layouts import EVA, VIT, example, random_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_modules.checkpoints import load_clip_checkpoint
@@ -164,6 +165,21 @@ def test_a_run_says_itself_which_model_it_is(tmp_path: Path, tiny: DualEncoder) 
         torch.testing.assert_close(loaded.model.state_dict(), tiny.state_dict(), rtol=0, atol=0)
     average = load_model(tmp_path / "run", average=True).model.state_dict()
     assert torch.equal(average["text.head.weight"], tiny.state_dict()["text.head.weight"] + 1)
+
+
+def test_a_converted_model_says_where_it_came_from(tmp_path: Path, tiny: DualEncoder) -> None:
+    write_run(tmp_path / "run", {5: tiny}, TINY_RECIPE)
+    loaded = load_model(tmp_path / "run")
+    description = save_model(loaded, tmp_path / "out.safetensors")
+    assert description == tmp_path / "out.json" and description.read_text().endswith("}\n")
+    content = json.loads(description.read_text())
+    about = {key: content[key] for key in content if key not in ("format", "model")}
+    assert about == {"source": "step-00000005", "step": 5, "assumed": []}
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert set(file.keys()) == set(tiny.state_dict())
+    with pytest.raises(ValueError, match=r"output .*out\.pt must end in \.safetensors$"):
+        save_model(loaded, tmp_path / "out.pt")
 
 
 def test_lightning_file_beside_its_recipe(tmp_path: Path, tiny: DualEncoder) -> None:
