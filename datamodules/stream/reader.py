@@ -147,7 +147,7 @@ class SampleReader:
         if remote and cache is None:
             raise ValueError(
                 f"{remote[0]} is remote: name a folder for copies of its shards with "
-                "data.init_args.cache_dir"
+                "data.init_args.cache_dir (evaluate: --cache-dir)"
             )
 
     def close(self) -> None:

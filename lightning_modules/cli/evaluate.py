@@ -25,6 +25,7 @@ def main(argv: list[str]) -> int:
         entry = find_entry(options.zoo)
         options.settings = [*entry.settings, *options.settings]
         options.checkpoint = checkpoint_of(entry)
+    from datamodules.stream.cache import FileCache
     from lightning_modules.checkpoints.conversion import load_trained
     from lightning_modules.evaluation.processes import Machines
     from lightning_modules.evaluation.results import Outputs
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> int:
         options.flip,
         options.max_fault_rate,
         0.0 if options.submission else options.max_missing,
+        options.cache_dir and FileCache(options.cache_dir, int(options.cache_gb * 1e9)),
     )
     # Annotations first: a mistake in them should not wait for the model, nor meet other processes.
     benchmark, corpus = open_benchmark(

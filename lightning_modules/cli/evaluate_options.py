@@ -37,6 +37,14 @@ def evaluate_parser() -> argparse.ArgumentParser:
         "--allow-pipe", action="store_true", help="run the command if MANIFEST is pipe:COMMAND"
     )
     parser.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="folder for copies of shards, if MANIFEST is a URL",
+    )
+    parser.add_argument(
+        "--cache-gb", type=float, default=100.0, metavar="N", help="what it may hold (%(default)s)"
+    )
+    parser.add_argument(
         "--annotations",
         type=Path,
         metavar="PATH",

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from datamodules.batch import ClipBatch, TextBatch
 from datamodules.manifest import Manifest, load_records
+from datamodules.stream.cache import FileCache
 from datamodules.stream.clips import ClipOptions, EvalClips, EvalSentences, Narration
 from datamodules.stream.faults import FaultMonitor
 from datamodules.stream.loader import PlaceLoader
@@ -36,6 +37,7 @@ class EvalOptions:
         flip: Average with the horizontally flipped clip.
         max_fault_rate: Share of damaged clips above which the evaluation ends.
         max_missing: Greatest share of the benchmark that may be missing.
+        cache: Where copies of remote shards go; needed if they are remote.
     """
 
     batch_size: int = 16
@@ -44,6 +46,7 @@ class EvalOptions:
     flip: bool = False
     max_fault_rate: float = 0.01
     max_missing: float = MAX_MISSING
+    cache: FileCache | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.views < 1 or self.num_workers < 0:
@@ -185,7 +188,7 @@ def clip_batches(
     depend on it.
     """
     vision = model.config.vision
-    reader = SampleReader(corpus)
+    reader = SampleReader(corpus, options.cache)
     monitor = FaultMonitor(options.num_workers, options.max_fault_rate)
     clip_options = ClipOptions(vision.num_frames * options.views, vision.image_size)
     dataset = EvalClips(reader, clip_options, monitor)

@@ -14,7 +14,7 @@ from typing import Any
 from datamodules.stream.order import StreamOrder
 from datamodules.stream.prefetch import CONNECTIONS
 
-REQUESTS = 4  # of a shard: s3fs asks for a file's size, then for its bytes; tar and index are two
+REQUESTS = 2  # of a shard: its tar and its index, each whole
 
 
 @dataclass

@@ -81,10 +81,11 @@ class FaultyStore:
             return self.random.random() < share
 
     def _answer(self, environ, start_response):
-        if environ["REQUEST_METHOD"] != "GET" or "shard-" not in environ["PATH_INFO"]:
+        name = environ["PATH_INFO"].rpartition("/")[2]
+        if environ["REQUEST_METHOD"] == "PUT" or not name.startswith("shard-"):
             return self.app(environ, start_response)
+        self.asked.append(name)
         time.sleep(self.latency_s)
-        self.asked.append(environ["PATH_INFO"].rpartition("/")[2])
         if self._draw(self.throttled):
             self.faults["throttled"] += 1
             start_response("503 Slow Down", [("Content-Type", "application/xml")])

@@ -63,7 +63,7 @@ def test_two_ranks_under_faults_see_the_batches_of_local_files(store, shards, tm
     place = store.upload(shards, "set")
     expected = run_ranks(2, rank_batches, str(shards), None, 0)
     store.throttled, store.cut, store.latency_s = 0.3, 0.3, 0.05
-    pause = threading.Timer(0.2, store.away, [3.0])
+    pause = threading.Timer(0.2, store.away, [2.0])
     pause.start()
     found = run_ranks(2, rank_batches, place, str(tmp_path), 1)
     pause.join()
@@ -84,6 +84,8 @@ def test_a_store_that_stays_away_ends_with_its_name(store, shards, tmp_path):
         impatient.copy(place, tmp_path / "x")
     store.start()
     impatient.copy(place, tmp_path / "x")
+    impatient.copy(place.replace("manifest.json", "shard-000000.tar"), tmp_path / "tar")
+    assert store.asked == ["shard-000000.tar"]  # one request a file: see planning/store.py
     manifest = Manifest.load(place)
     cache = FileCache(tmp_path / "cache", 10**9, impatient)
     reader = SampleReader(Corpus((manifest,), (1.0,)), cache)

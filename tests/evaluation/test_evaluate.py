@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +102,28 @@ def test_the_command_starts_its_processes(world, tmp_path, capfd):
     assert run(folder, "--benchmark", "text_video", "--json", tmp_path / "one.json") == 0
     one = json.loads((tmp_path / "one.json").read_text())
     assert (result["num_videos"], result["t2v"]) == (NUM_CLIPS, one["t2v"])
+
+
+def test_shards_behind_a_url_give_the_figures_of_local_ones(world, tmp_path, capsys):
+    folder = world[0]
+    words = ["--benchmark", "text_video"]
+    assert run(folder, *words) == 0
+    local = capsys.readouterr().out
+    handler = functools.partial(QuietFiles, directory=str(folder / "shards"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/manifest.json"
+        assert run(folder, *words, "--shards", url) == 2
+        assert "--cache-dir" in capsys.readouterr().err
+        cached = ["--shards", url, "--cache-dir", tmp_path / "cache"]
+        assert run(folder, *words, *cached) == 0
+        server.shutdown()
+    assert capsys.readouterr().out == local
+
+
+class QuietFiles(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
 
 
 @pytest.fixture

@@ -43,9 +43,9 @@ def test_waiting_as_drawn_by_hand():
     assert waiting_s([slow], 1.0, roomy, 64) == pytest.approx((6.0, 12.0))
     # all wait for the slowest node
     assert waiting_s([slow, quick], 1.0, roomy, 64) == pytest.approx((6.0, 12.0))
-    # 10 shards of 4 requests at 0.1 s over 8 connections ahead, over 2 on demand
+    # 10 shards of 2 requests at 0.1 s over 8 connections ahead, over 2 on demand
     late = StoreConfig(latency_ms=100.0, node_gb_s=1e9, cache_gb=100.0)
-    assert waiting_s([quick], 1.0, late, 2) == pytest.approx((0.5, 6.0))
+    assert waiting_s([quick], 1.0, late, 2) == pytest.approx((0.25, 3.0))
 
 
 def test_512_ranks_over_35_million_samples():
