@@ -275,7 +275,9 @@ def usable_decoders() -> list[Decoder]:
     return [decoder for decoder in DECODERS if decoder != "auto" and usable(decoder)]
 
 
-def indexed(videos: list[Made], folder: Path) -> dict[str, Result]:
+def indexed(
+    videos: list[Made], folder: Path, decoder: Decoder = "auto", timeout_s: float = 60.0
+) -> dict[str, Result]:
     """Index a tar of all the videos as they are, and read them as `fit` and `test` do."""
     with tarfile.open(folder / "all.tar", "w") as tar:
         for number, made in enumerate(videos):
@@ -283,7 +285,7 @@ def indexed(videos: list[Made], folder: Path) -> dict[str, Result]:
                 member = tarfile.TarInfo(f"{number:03d}{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-    index_tars(folder)
+    index_tars(folder, decoder=decoder, timeout_s=timeout_s)
     corpus = Corpus.load([str(folder)])
     index, reader = corpus.manifests[0].load_index(0), SampleReader(corpus)
     found = {videos[int(r["clip_id"])].kind.name: Result(r["reason"]) for r in index.rejects}

@@ -146,7 +146,7 @@ def stored_decoder(decoder: Decoder) -> Decoder:
     for name in ("decord", "torchcodec"):
         if _problem(name) is None:
             return name
-    logger.warning("neither decord nor torchcodec can be used; clips are decoded by PyAV, slower")
+    logger.warning("neither decord nor torchcodec can be used; clips are decoded by PyAV")
     return "pyav"
 
 

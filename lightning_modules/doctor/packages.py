@@ -58,12 +58,8 @@ def parity(device: str) -> Iterator[Finding]:
 
 
 def decoders() -> Iterator[Finding]:
-    """What reads the clips: decord or torchcodec; PyAV is three times slower."""
-    chosen = stored_decoder("auto")
-    mend = (
-        "install decord (x86-64), decord2 (ARM) or eva02-at[torchcodec]" if chosen == "pyav" else ""
-    )
-    yield Finding("decoder", "bad" if mend else "ok", f"{chosen} (auto)", mend)
+    """What reads the clips: decord, torchcodec, or PyAV, which is always there."""
+    yield Finding("decoder", "ok", f"{stored_decoder('auto')} (auto)")
     if importlib.util.find_spec("torchcodec") is None:
         yield Finding("torchcodec", "skipped", "not installed (an option: data.decoder)")
         return

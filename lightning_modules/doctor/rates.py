@@ -43,7 +43,7 @@ def decode_clips_per_s(num_frames: int = 4, size: int = 224) -> float:
                 output=folder / "shards",
                 options=replace(RECIPES["pretrain"], preset="veryfast"),
             )
-            stream = make_stream(folder / "shards", num_frames, size, "decord")
+            stream = make_stream(folder / "shards", num_frames, size, "auto")
             stream[0, 0, 0]
             start = time.perf_counter()
             stream[0, 0, 0]

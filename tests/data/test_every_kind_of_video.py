@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from video_table import KINDS, PATHS, Result, indexed
+from video_table import KINDS, PATHS, Result, indexed, usable_decoders
 from videos_of_every_kind import Kind, Made, aspect
 
 from datamodules.video.decode import DamagedSample, decode_frames
@@ -37,6 +37,18 @@ def test_a_video_is_right_on_every_path_or_refused_with_the_reason(name, videos,
     assert not wrong, wrong
     if made.kind.refused:
         assert all(result.reason for result in results.values())
+
+
+@pytest.mark.parametrize("decoder", ["decord", "torchcodec"])
+def test_the_index_lets_no_wrong_picture_of_a_decoder_pass(decoder, videos, tmp_path) -> None:
+    if decoder not in usable_decoders():
+        pytest.skip(f"{decoder} is not installed")
+    kinds = [made for made in videos.values() if made.kind.refused is None]
+    found = indexed(kinds, tmp_path, decoder, 5.0)
+    passed = {name: result for name, result in found.items() if not result.reason}
+    right = {made.kind.name: made for made in kinds}
+    wrong = {name: result for name, result in passed.items() if result.wrong(right[name])}
+    assert not wrong and len(passed) > 20
 
 
 def test_flipped_bits_are_right_or_refused(tmp_path) -> None:
