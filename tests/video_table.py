@@ -166,6 +166,8 @@ KINDS = [
     Kind("alpha", ".mov", "qtrle", "argb"),
     Kind("RGB", ".mov", "qtrle", "rgb24"),
     Kind("grey, limited range", ".mp4", "libx264", "gray", options=MATCHED, matrix="601"),
+    Kind("grey, H.265", ".mp4", "libx265", "gray", options=_x265("keyint=10"), matrix="601"),
+    Kind("grey, FFV1, full range", ".mkv", "ffv1", "gray", matrix="601", full=True),
     Kind("grey, full range", ".mp4", "libx264", "gray", options=MATCHED, matrix="601", full=True),
     Kind(
         "HDR, PQ",
