@@ -209,6 +209,8 @@ class StreamDataModule(LightningDataModule):
         if self._prefetcher is None:
             self._prefetcher = self._make_prefetcher()
         self.fault_monitor = FaultMonitor(self.num_workers, self.max_fault_rate)
+        callbacks = [] if self.trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
+        self.fault_monitor.judged_together = any(hasattr(c, "judges_faults") for c in callbacks)
         choose_text = self.choose_text()
         stream = TrainStream(
             reader,

@@ -50,6 +50,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "lightning_modules.training.run.private",
     ),
     "lightning_modules.training.run": (
+        "datamodules.stream.faults",
         "datamodules.stream.retry",
         "datamodules.files",
         "lightning_modules.checkpoints.plain_data",

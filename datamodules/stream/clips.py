@@ -23,7 +23,7 @@ from datamodules.manifest import ClipRecord
 from datamodules.stream.faults import FaultMonitor
 from datamodules.stream.hung import DecodeWatch
 from datamodules.stream.order import EpochOrder, StreamOrder, keyed_hash
-from datamodules.stream.reader import SampleReader
+from datamodules.stream.reader import MissingShard, SampleReader
 from datamodules.tokenizer import Tokenizer
 from datamodules.video.crops import crop_and_resize, random_crop_box, resize_and_centre_crop
 from datamodules.video.decode import (
@@ -36,6 +36,7 @@ from datamodules.video.decode import (
 from datamodules.video.frames import Limits
 
 _MAX_SUBSTITUTES = 100
+_MOST_SKIPPED = 100_000  # samples of missing shards besides
 
 
 @dataclass(frozen=True)
@@ -170,17 +171,25 @@ class TrainStream(Dataset):
 
     def _fill(self, epoch: EpochOrder, lane: int, position: int, sample_index: int) -> _Item:
         """Return the sample of a place or, if it is damaged, the next good one of its lane."""
-        lanes = np.array([lane])
-        for skip in range(_MAX_SUBSTITUTES):
-            shards, rows = epoch.locate(lanes, np.array([position + skip]))
+        damaged, name = 0, ""
+        for skip in range(_MOST_SKIPPED):
+            # a lane may have nothing but missing shards: on to the next one
+            then = (lane + skip // epoch.lane_length) % self.order.lanes
+            shards, rows = epoch.locate(np.array([then]), np.array([position + skip]))
             shard, row = int(shards[0]), int(rows[0])
             self.monitor.begin(shard, row)
             try:
                 return self._make(epoch.number, shard, row, sample_index)
+            except MissingShard as error:
+                name = self.reader.name(shard)
+                self.monitor.report_missing(shard, name, str(error), is_substitute=skip > 0)
             except DamagedSample as error:
+                damaged += 1
                 name = self.reader.describe(shard, row)
                 self.monitor.report(name, str(error), "replaced by the next of its lane")
-        raise RuntimeError(f"{_MAX_SUBSTITUTES} damaged samples in a row, from {name} backwards")
+            if damaged == _MAX_SUBSTITUTES:
+                break
+        raise RuntimeError(f"{skip + 1} unusable samples in a row, from {name} backwards")
 
     def _make(self, epoch: int, shard: int, row: int, sample_index: int) -> _Item:
         generator = random.Random(keyed_hash(self.order.seed, epoch, sample_index, 3))
@@ -251,6 +260,8 @@ class EvalClips(Dataset):
                 video = resize_and_centre_crop(frames, options.image_size)
                 record = sample.record
                 return _Item(video, clip_index, clip_index, record, own_text(record), sample.key)
+            except MissingShard as error:
+                self.monitor.report_missing(shard, self.reader.name(shard), str(error), False)
             except DamagedSample as error:
                 name = self.reader.describe(shard, row)
                 self.monitor.report(name, str(error), "left out of the evaluation")

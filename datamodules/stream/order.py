@@ -225,6 +225,11 @@ class EpochOrder:
             shards = self._shards[found[np.diff(self._starts)[found] > 0]]
             yield begin // share, -(-end // share), shards
 
+    @property
+    def lane_length(self) -> int:
+        """Samples of a lane in this epoch."""
+        return self._lane_length
+
     def locate(self, lane: IntArray, position: IntArray) -> tuple[IntArray, IntArray]:
         """Return shard and row of the samples at positions of lanes.
 

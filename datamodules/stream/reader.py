@@ -98,6 +98,10 @@ class Corpus:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+class MissingShard(DamagedSample):
+    """A sample's whole shard cannot be used: one fault, not one for each of its samples."""
+
+
 def _is_unmounted(root: str) -> bool:
     """True where a folder with a manifest is gone, or empty as a mount point without its mount."""
     try:
@@ -164,6 +168,11 @@ class SampleReader:
         fresh = {"_pid": 0, "_open": OrderedDict(), "_given_up": {}}
         return {"corpus": self.corpus, "cache": self.cache, "retry": self.retry, **fresh}
 
+    def name(self, shard: int) -> str:
+        """Where a shard lies."""
+        manifest, number = self.corpus.shard(shard)
+        return manifest.url(manifest.shards[number].name)
+
     def describe(self, shard: int, row: int) -> str:
         """Name a sample for a log line: key, clip id and tar."""
         manifest, number = self.corpus.shard(shard)
@@ -220,7 +229,7 @@ class SampleReader:
             self._open.move_to_end(number)
             return self._open[number]
         if number in self._given_up:
-            raise DamagedSample(self._given_up[number])
+            raise MissingShard(self._given_up[number])
         manifest, local = self.corpus.shard(number)
         try:
             index = manifest.load_index(local, self.cache)
@@ -237,7 +246,7 @@ class SampleReader:
                     raise OSError(errno.ESTALE, f"{manifest.root} is not mounted") from None
             # not tried again for each of its samples: a remote one has had its retries
             self._given_up[number] = f"unreadable: {error}"
-            raise DamagedSample(self._given_up[number]) from error
+            raise MissingShard(self._given_up[number]) from error
         self._open[number] = descriptor, index
         if len(self._open) > MAX_OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1][0])

@@ -32,6 +32,7 @@ from lightning_modules.training.monitor.progress import RunProgress
 from lightning_modules.training.monitor.tensorboard_log import TolerantTensorBoardLogger
 from lightning_modules.training.monitor.throughput import ThroughputMonitor
 from lightning_modules.training.run.checkpointing import SafeCheckpoints
+from lightning_modules.training.run.data_faults import DataFaults
 from lightning_modules.training.run.devices import check_devices
 from lightning_modules.training.run.ownership import RunOwner
 from lightning_modules.training.run.private import option_names
@@ -89,6 +90,7 @@ RUN_CALLBACKS = {
     "checkpoints": SafeCheckpoints,
     "settings": SameSettings,
     "finite": FiniteGuard,
+    "data_faults": DataFaults,
     "watchdog": StallWatchdog,
     "random": StepSeed,
     "throughput": ThroughputMonitor,

@@ -104,3 +104,25 @@ def test_a_run_whose_storage_stays_away_stops_with_a_checkpoint_and_goes_on_exac
     assert "damaged" not in told
     assert main(part) == 0
     assert losses_of(tmp_path / "part") == losses_of(tmp_path / "whole")
+
+
+def test_one_missing_shard_of_many_ends_nothing_and_is_told_once(
+    recipe, tmp_path, shards, capfd, caplog
+):
+    """A quarter of the data here; half of it is too much, whichever rank reads it."""
+    (shards / "shard-000001.tar").unlink()
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.read_text().replace(str(recipe.parent / "shards"), str(shards)))
+    words = ["fit", "--config", str(file), "--trainer.devices=1", f"--run_dir={tmp_path / 'run'}"]
+    words += ["--data.num_workers=1", "--data.val=null"]
+    for epochs, rate, code, told in ((2, 0.3, 0, 1), (4, 0.3, 0, 0), (6, 0.1, 1, 0)):
+        caplog.clear()
+        more = [f"--trainer.max_epochs={epochs}", f"--data.max_fault_rate={rate}"]
+        assert main([*words, *more]) == code
+        lines = [r.getMessage() for r in caplog.records if "cannot be used" in r.getMessage()]
+        assert len(lines) == told, lines  # once in the life of the run
+        if told:
+            assert "shard-000001.tar cannot be used: its 8 samples are replaced" in lines[0]
+        captured = capfd.readouterr().err
+        assert "damaged sample" not in captured
+        assert ("max_fault_rate=0.1" in captured) == (code == 1)

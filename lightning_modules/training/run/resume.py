@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from lightning_modules.training.run.checkpoint_store import (
 )
 
 log = logging.getLogger(__name__)
+
+_OF_THE_FILE = (None, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
 _NOT_PICKLED = {".safetensors", ".json", ".yaml"}
 
 
@@ -34,6 +37,7 @@ def resolve_checkpoint(path: str | Path, ranks: Ranks) -> tuple[Path, Manifest]:
 
     Raises:
         ValueError: No checkpoint there is complete.
+        OSError: They cannot be read now, which says nothing about them.
     """
     path = Path(path)
     single = ranks.first((path / MANIFEST).is_file())
@@ -48,6 +52,8 @@ def resolve_checkpoint(path: str | Path, ranks: Ranks) -> tuple[Path, Manifest]:
         complaints.append(complaint)
         if ranks.rank == 0:
             log.warning("checkpoint skipped: %s", complaint)
+    if any(f"[Errno {errno.EIO}]" in complaint for complaint in complaints):
+        raise OSError(f"no checkpoint in {path} can be read: {'; '.join(complaints)}")
     raise ValueError(
         f"no complete checkpoint in {path}: {'; '.join(complaints) or 'the folder has none'}. "
         "Mend: name another one with --ckpt_path, or start anew in another run_dir"
@@ -58,8 +64,12 @@ def verify(folder: Path, ranks: Ranks) -> str | None:
     """Return what is wrong with a checkpoint, agreed on by all ranks, or None.
 
     Whole, unchanged, and of its pickles none that holds more than tensors and plain data.
+
+    Raises:
+        OSError: The machine, not the checkpoint, is at fault (a stale mount, say): it must not be
+            passed over for an older one. A read error is the checkpoint's own.
     """
-    complaint = None
+    complaint, passes = None, False
     try:
         manifest = Manifest.read(folder)
         check_sizes(folder, manifest)
@@ -68,7 +78,19 @@ def verify(folder: Path, ranks: Ranks) -> str | None:
         _check_plain(folder, share, deepspeed=manifest.strategy != "plain")
     except Exception as error:
         complaint = str(error) or type(error).__name__
-    return next((told for told in ranks.gather(complaint) if told is not None), None)
+        passes = _is_machines(error)
+    told = [(why, p) for why, p in ranks.gather((complaint, passes)) if why is not None]
+    if any(p for _, p in told):
+        raise OSError(f"cannot read {folder} now: {next(why for why, p in told if p)}")
+    return told[0][0] if told else None
+
+
+def _is_machines(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno not in _OF_THE_FILE:
+            return True
+        error = error.__cause__
+    return False
 
 
 def _check_plain(folder: Path, records: Sequence[FileRecord], deepspeed: bool) -> None:
