@@ -12,10 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from datamodules.files import write_atomically
-from datamodules.manifest import Manifest, Shard, ShardIndex
+from datamodules.manifest import Manifest, Shard, ShardIndex, name_fault
 from datamodules.shards.writer import measure
 from datamodules.stream.reader import Corpus, SampleReader
-from datamodules.stream.stores import local_path
+from datamodules.stream.stores import is_remote, local_path
 from datamodules.video.decode import DamagedSample, decode_frames, decoder_of
 from datamodules.video.workers import ITEM_LIMIT_S, Job, run_jobs
 
@@ -53,7 +53,15 @@ def verify(
 
     Returns:
         The faults in the manifest's order; empty if all is well.
+
+    Raises:
+        ValueError: The shards are remote.
     """
+    if is_remote(manifest.root):
+        raise ValueError(
+            f"{manifest.root} is remote, and what is verified is read whole: copy the shards to a "
+            "disk. (In training each copy is compared with its SHA-256 anyway.)"
+        )
 
     def work(job: Job, begin: Callable[[str | None], None]) -> list[Fault]:
         return _verify_shard(manifest, job.number, job.crashed, decode_every, begin)
@@ -77,9 +85,11 @@ def repair(manifest: Manifest, faults: list[Fault], path: str | Path) -> Manifes
         path: Where to write, in the folder of the old manifest: names are relative to it.
 
     Raises:
-        ValueError: Another folder, or nothing is left.
+        ValueError: Another folder, a name that may not stand in a manifest, or nothing is left.
     """
     path = Path(path)
+    if (fault := name_fault(path.name)) is not None:
+        raise ValueError(f"{path}: the new indexes are named after it; {fault}")
     root = local_path(manifest.root) if manifest.root else Path()
     if path.parent.resolve() != root.resolve():
         raise ValueError(f"{path} must lie in {root}, where the shards are")

@@ -13,7 +13,7 @@ from typing import Any
 
 from webdataset.writer import TarWriter
 
-from datamodules.files import write_atomically
+from datamodules.files import open_plain_file, write_atomically
 from datamodules.manifest import ClipRecord, ShardIndex, index_name
 from datamodules.video.encode import EncodedClip
 from datamodules.video.pieces import RejectedClip
@@ -82,7 +82,7 @@ def write_shard(
 
 def measure(path: Path) -> dict[str, Any]:
     """Size and hash of a tar, as a manifest's entry holds them."""
-    with path.open("rb") as file:
+    with os.fdopen(open_plain_file(path), "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return {"num_bytes": file.tell(), "sha256": sha256}
 

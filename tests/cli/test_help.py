@@ -13,7 +13,7 @@ from lightning_modules.cli.main import COMMANDS, main
 VERBS = ("fit", "validate", "test", "predict")
 # What a help may not import: a second of start-up, or more.
 HEAVY = ("torch", "lightning", "numpy", "av", "deepspeed")
-STILL_HEAVY = {"shards", "submit", "plan"}
+STILL_HEAVY = {"submit", "plan"}
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS) - STILL_HEAVY))

@@ -25,6 +25,7 @@ from datamodules.pretrain import PretrainDataModule
 from datamodules.shards import index_tars
 from datamodules.shards.identity import save_index
 from datamodules.shards.members import group_members, tar_members
+from datamodules.shards.verify import repair, verify
 from datamodules.stream.reader import Corpus, SampleReader
 from lightning_modules.cli.shards import main as shards
 from lightning_modules.evaluation.run import open_benchmark
@@ -201,6 +202,12 @@ def test_a_pipe_in_place_of_a_tar_is_named_and_hangs_nobody(tmp_path):
     assert reader.read(0, 0).video == VIDEO
     with pytest.raises(Exception, match="no plain file"):
         reader.read(1, 0)
+    (fault,) = verify(Manifest.load(tmp_path), decode_every=0)
+    assert fault.name == "c.tar" and "no plain file" in fault.reason
+    with pytest.raises(ValueError, match=r"named after it; name 'my;set\.json'"):
+        repair(Manifest.load(tmp_path), [fault], tmp_path / "my;set.json")
+    with pytest.raises(ValueError, match="is remote"):
+        verify(Manifest("s3://bucket/set", ()))
     manifest = tmp_path / "manifest.json"
     manifest.unlink()
     os.mkfifo(manifest)
