@@ -1,18 +1,23 @@
 """Losses over real gloo processes under DDP: value and gradients equal those of one process."""
 
+import importlib
+
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from gloo_ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_modules import collectives
 from lightning_modules.losses import (
     AdaptiveMaxMarginLoss,
     EgoNCELoss,
     InfoNCELoss,
     MaxMarginLoss,
     SymmetricMultiSimilarityLoss,
+    gather,
     gather_ids,
     gather_no_gradient,
     gather_with_gradient,
@@ -80,6 +85,26 @@ def all_losses_of_a_rank(rank: int, sizes: list[int], even: bool):
         name: step(name, DistributedDataParallel(Encoder()), rows, sum(sizes), even)
         for name in LOSSES
     }
+
+
+def losses_by_the_old_names(rank: int, sizes: list[int], even: bool):
+    """As torch 2.9 to 2.12 have them; 2.13 still does."""
+    for name in ("all_gather_single", "reduce_scatter_single"):
+        if hasattr(dist, name):
+            delattr(dist, name)
+    importlib.reload(collectives)
+    gather.all_gather, gather.reduce_scatter = collectives.all_gather, collectives.reduce_scatter
+    assert gather.all_gather is dist.all_gather_into_tensor
+    assert gather.reduce_scatter is dist.reduce_scatter_tensor
+    return all_losses_of_a_rank(rank, sizes, even)
+
+
+@pytest.mark.distributed
+def test_the_collectives_of_older_torch():
+    new, old = (
+        run_ranks(2, f, [3, 3], True) for f in (all_losses_of_a_rank, losses_by_the_old_names)
+    )
+    torch.testing.assert_close(old, new, rtol=0, atol=0)
 
 
 @pytest.mark.distributed

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from retrieval_protocol import protocol, relevance_of_sets
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from datamodules.batch import pad_class_ids
 from datamodules.relevance import relevance_matrix
@@ -17,6 +18,7 @@ from lightning_modules.metrics.functional import (
     ranking,
 )
 from lightning_modules.metrics.functional.class_relevance import relevance_block
+from lightning_modules.metrics.functional.repeatable import sum_by_group
 
 # Two implementations that sum in fp64 in different orders.
 TOLERANCE = 1e-12
@@ -192,3 +194,25 @@ def test_the_gpu_ranks_alike(tied):
     on_gpu = multi_instance_scores(similarity.cuda(), relevance.cuda())
     assert on_gpu.v2t.map == pytest.approx(on_cpu.v2t.map, abs=TOLERANCE)
     assert on_gpu.t2v.ndcg == pytest.approx(on_cpu.t2v.ndcg, abs=TOLERANCE)
+
+
+def test_nothing_that_deterministic_mode_refuses_on_a_gpu():
+    """There it raises for a weighted `bincount` and for running sums of floats."""
+    draw = torch.Generator().manual_seed(0)
+    values, group = torch.rand(50, generator=draw, dtype=torch.float64), torch.arange(50) % 7
+    expected = group.bincount(values, minlength=9)
+    assert torch.equal(sum_by_group(values, group, 9), expected)
+    weighted: list[object] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.bincount.default and len(args) > 1 and args[1] is not None:
+                weighted.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        group.bincount(values)
+        assert weighted.pop()  # it would be seen
+        multi_instance_map(torch.rand(6, 9, generator=draw), torch.eye(6, 9))
+        multi_instance_ndcg(torch.rand(6, 9, generator=draw), torch.eye(6, 9) / 2 + 0.1)
+    assert weighted == []
