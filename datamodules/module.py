@@ -110,7 +110,8 @@ class StreamDataModule(LightningDataModule):
         max_missing: Share of an evaluation's clips that may be missing, else it has no figures.
         accept_changed_data: Resume although the data or the batch size is not the checkpoint's.
         decoder: `auto` (decord where it is installed and the clips are of our making), `decord`,
-            `torchcodec` or `pyav`.
+            `torchcodec`, `torchcodec-cuda` (the GPU's own decoder, NVDEC: each worker then holds a
+            CUDA context) or `pyav`.
         decode_timeout_s: A sample whose decoding takes longer is named, replaced, and written to
             `hung_samples.jsonl` in the run's folder, so that later starts do not meet it; needs
             `num_workers` of at least 1.
@@ -365,11 +366,22 @@ class StreamDataModule(LightningDataModule):
             monitor=getattr(dataset, "monitor", None),
             describe=None if reader is None else reader.describe,
             watch=getattr(dataset, "watch", None),
+            start_method=self._start_method(),
         )
         callbacks = [] if self.trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
         fits = self.trainer is not None and self.trainer.state.fn == "fit"
         loader.hands_over = fits and any(hasattr(c, "takes_no_batch") for c in callbacks)
         return loader
+
+    def _start_method(self) -> str:
+        """How workers begin: what decodes on the GPU needs a process of its own kind."""
+        if self.clip_options.decoder != "torchcodec-cuda":
+            return "fork"
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "data.decoder is 'torchcodec-cuda', and there is no CUDA device here; use 'auto'"
+            )
+        return "spawn"
 
     def _eval_loaders(self, split: RetrievalSplit | None) -> list[PlaceLoader]:
         if split is None:

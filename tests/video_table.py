@@ -274,7 +274,11 @@ def usable_decoders() -> list[Decoder]:
             return False
         return True
 
-    return [decoder for decoder in DECODERS if decoder != "auto" and usable(decoder)]
+    return [
+        decoder
+        for decoder in DECODERS
+        if decoder not in ("auto", "torchcodec-cuda") and usable(decoder)
+    ]
 
 
 def indexed(

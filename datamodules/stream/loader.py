@@ -42,6 +42,7 @@ class PlaceLoader:
         monitor: Knows what a dead worker was doing.
         describe: Names a sample by (shard, row).
         watch: Ends workers that hang in a sample; their batches are made again without it.
+        start_method: "fork"; "spawn" for workers that use CUDA, which a forked process cannot.
     """
 
     def __init__(
@@ -55,9 +56,10 @@ class PlaceLoader:
         monitor: FaultMonitor | None = None,
         describe: Callable[[int, int], str] | None = None,
         watch: DecodeWatch | None = None,
+        start_method: str = "fork",
     ) -> None:
         self.dataset, self.places, self.length = dataset, places, length
-        self.num_workers, self.prefetch = num_workers, prefetch
+        self.num_workers, self.prefetch, self.start_method = num_workers, prefetch, start_method
         self.monitor, self.describe, self.watch = monitor, describe, watch
         self.hands_over = False  # a NoBatch where the storage fails for good, to who knows it
 
@@ -85,10 +87,10 @@ class PlaceLoader:
             batch_size=None,  # a place is a whole batch
             num_workers=self.num_workers,
             # a forkserver, the default in a rank that came from one, would be their parent
-            multiprocessing_context="fork" if self.num_workers else None,
+            multiprocessing_context=self.start_method if self.num_workers else None,
             prefetch_factor=self.prefetch if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=partial(_begin_worker, os.getpid()),
+            worker_init_fn=partial(_begin_worker, os.getpid(), self._gpu()),
             generator=generator,
         )
         with signals_held_back():  # the workers inherit this
@@ -96,6 +98,11 @@ class PlaceLoader:
         if self.num_workers:
             _leave_deaths_to_the_queue()
         return batches
+
+    def _gpu(self) -> int | None:
+        """The rank's device, for workers that decode on it."""
+        spawned = self.start_method == "spawn" and torch.cuda.is_available()
+        return torch.cuda.current_device() if spawned else None
 
     def _batches(self, batches: Iterator[Any], places: _Places) -> Iterator[Any]:
         workers = getattr(batches, "_workers", [])
@@ -221,7 +228,9 @@ def signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin_worker(trainer: int, worker: int) -> None:
+def _begin_worker(trainer: int, gpu: int | None, worker: int) -> None:
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
     die_with(trainer)  # also of one that is killed, and also while a decoder hears nothing
     heed_the_trainer_alone(worker)
 

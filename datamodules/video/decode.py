@@ -13,7 +13,7 @@ import importlib.metadata
 import io
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from datamodules.video.frames import UNREADABLE, Limits, Stamps, Video, frame_indices
 
-Decoder = Literal["auto", "decord", "torchcodec", "pyav"]
-DECODERS: tuple[Decoder, ...] = ("auto", "decord", "torchcodec", "pyav")
+Decoder = Literal["auto", "decord", "torchcodec", "torchcodec-cuda", "pyav"]
+DECODERS: tuple[Decoder, ...] = ("auto", "decord", "torchcodec", "torchcodec-cuda", "pyav")
 
 logger = logging.getLogger(__name__)
 
@@ -93,17 +93,19 @@ def _decode_decord(data: bytes, draw: Any, limits: Limits) -> NDArray[np.uint8]:
         raise DamagedSample(f"undecodable: {_last_line(error)}") from error
 
 
-def _decode_torchcodec(data: bytes, draw: Any, limits: Limits) -> NDArray[np.uint8]:
+def _decode_torchcodec(
+    data: bytes, draw: Any, limits: Limits, device: str = "cpu"
+) -> NDArray[np.uint8]:
     from torchcodec.decoders import VideoDecoder  # optional: needs FFmpeg's shared libraries
 
     try:
-        reader = VideoDecoder(data, dimension_order="NHWC", num_ffmpeg_threads=1)
+        reader = VideoDecoder(data, dimension_order="NHWC", num_ffmpeg_threads=1, device=device)
         metadata = reader.metadata
         start_s, end_s = metadata.begin_stream_seconds, metadata.end_stream_seconds
         tolerance_s = 1e-3 / (metadata.average_fps or 30)
         last_s = end_s - tolerance_s
         moments = [min(start_s + time_s + tolerance_s, last_s) for time_s in draw(end_s - start_s)]
-        return reader.get_frames_played_at(moments).data.numpy()
+        return reader.get_frames_played_at(moments).data.cpu().numpy()
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise DamagedSample(f"undecodable: {_last_line(error)}") from error
 
@@ -119,10 +121,17 @@ def _decode_pyav(data: bytes, draw: Any, limits: Limits) -> NDArray[np.uint8]:
         raise DamagedSample(f"undecodable: {_last_line(error)}") from error
 
 
-_BACK_ENDS = {"decord": _decode_decord, "torchcodec": _decode_torchcodec, "pyav": _decode_pyav}
+_BACK_ENDS: dict[str, Callable[[bytes, Any, Limits], NDArray[np.uint8]]] = {
+    "decord": _decode_decord,
+    "torchcodec": _decode_torchcodec,
+    "torchcodec-cuda": functools.partial(_decode_torchcodec, device="cuda"),  # NVDEC
+    "pyav": _decode_pyav,
+}
 _INSTALL = {
     "decord": "install `decord` (no ARM wheel exists; `decord2` has one), or use 'auto' or 'pyav'",
     "torchcodec": "install `eva02-at[torchcodec]` and FFmpeg's shared libraries, or use 'auto'",
+    "torchcodec-cuda": "install torchcodec's CUDA build (pytorch.org's index) and FFmpeg's shared "
+    "libraries, or use 'auto'",
 }
 
 
@@ -173,7 +182,7 @@ def decoder_of(decoder: Decoder, options: Mapping[str, Any]) -> Decoder:
 
 def _problem(decoder: str) -> str | None:
     try:
-        importlib.import_module("torchcodec.decoders" if decoder == "torchcodec" else decoder)
+        importlib.import_module("torchcodec.decoders" if "torchcodec" in decoder else decoder)
     except (ImportError, RuntimeError, OSError) as error:
         return str(error).splitlines()[0]
     return None

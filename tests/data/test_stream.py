@@ -1,7 +1,9 @@
 """Batches, DataModules, and resuming within Lightning."""
 
 import random
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from datamodules.pretrain import PretrainDataModule
 from datamodules.relevance import relevance_matrix
 from datamodules.retrieval import NarrationMiner, RetrievalDataModule
 from datamodules.stream.clips import own_text
+from datamodules.video.decode import decode_frames
 
 
 def pretrain(shards, **kwargs) -> PretrainDataModule:
@@ -51,7 +54,10 @@ def test_an_epoch_visits_every_clip_once_and_the_next_differs(shards):
     assert sorted(second) == list(range(32)) and second != first
 
 
-def test_crops_and_texts_do_not_depend_on_workers(shards):
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_crops_and_texts_do_not_depend_on_workers(shards, start_method, monkeypatch):
+    """Spawned ones are those that decode on a GPU."""
+    monkeypatch.setattr(PretrainDataModule, "_start_method", lambda self: start_method)
     one = list(pretrain(shards).train_dataloader())
     two = list(pretrain(shards, num_workers=2).train_dataloader())
     for a, b in zip(one, two, strict=True):
@@ -202,3 +208,30 @@ def test_fingerprint_follows_the_content_not_the_place(shards, tmp_path):
 
     copy = shutil.copytree(shards, tmp_path / "copy")
     assert Manifest.load(copy).fingerprint == Manifest.load(shards).fingerprint
+
+
+def test_decoding_on_a_gpu_in_form(shards, monkeypatch):
+    """Frames are asked for on the device and come back to the host; without a device it is told."""
+    asked = []
+
+    class VideoDecoder:
+        metadata = SimpleNamespace(begin_stream_seconds=0.0, end_stream_seconds=1.0, average_fps=10)
+
+        def __init__(self, data, *, device, **options):
+            asked.append(device)
+
+        def get_frames_played_at(self, moments):
+            return SimpleNamespace(data=torch.full((len(moments), 4, 6, 3), 7, dtype=torch.uint8))
+
+    library = ModuleType("torchcodec.decoders")
+    library.VideoDecoder = VideoDecoder
+    monkeypatch.setitem(sys.modules, "torchcodec", ModuleType("torchcodec"))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", library)
+    frames = decode_frames(b"", 2, decoder="torchcodec-cuda")
+    assert asked == ["cuda"] and frames.shape == (2, 4, 6, 3) and frames[0, 0, 0, 0] == 7
+    module = pretrain(shards, decoder="torchcodec-cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert module._start_method() == "spawn"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="'torchcodec-cuda', and there is no CUDA device"):
+        module.train_dataloader()
