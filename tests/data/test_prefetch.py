@@ -1,11 +1,14 @@
 """What is fetched ahead: the order's own needs, as far as the cache holds them."""
 
+import multiprocessing
 import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning import LightningModule, Trainer
 from test_remote import batches, server
 
 from datamodules.manifest import Manifest
@@ -100,6 +103,45 @@ def test_shards_are_there_before_they_are_asked_for(shards, server, tmp_path):
     assert list(tmp_path.glob("*.plan")) == []
     expected = batches(str(shards))
     assert [batch.keys for batch in (first, *rest)] == [batch.keys for batch in expected]
+
+
+class Reader(LightningModule):
+    """Trains nothing; notes what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.keys = []
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch, _):
+        self.keys.append(batch.keys)
+        return self.weight.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_a_trainers_run_fetches_ahead_and_leaves_no_process(shards, server, tmp_path):
+    runs = []
+    for place in (str(shards), server[0] + "/manifest.json"):
+        module = PretrainDataModule(
+            [place],
+            global_batch_size=4,
+            num_frames=2,
+            image_size=32,
+            num_workers=1,
+            cache_dir=str(tmp_path),
+        )
+        reader = Reader()
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        Trainer(max_epochs=2, accelerator="cpu", enable_model_summary=False, **quiet).fit(
+            reader, datamodule=module
+        )
+        runs.append(reader.keys)
+        assert [p.name for p in multiprocessing.active_children()] == []
+    assert runs[0] == runs[1]
+    names = [path[1:] for path in server[1] if "shard" in path]
+    assert len(names) == len(set(names))  # of two epochs, each file once
 
 
 @pytest.mark.parametrize("prefetch_shards", [0, None])
