@@ -16,6 +16,7 @@ import re
 import sys
 import typing
 import warnings
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from jsonargparse import ActionConfigFile
 from lightning import LightningDataModule, LightningModule
 
 from lightning_modules.packaged import with_recipe_paths
+from lightning_modules.training.kept import one_wandb_run, with_references
 from lightning_modules.training.messages import shorten
 from lightning_modules.training.monitor.csv_log import AppendingCSVLogger
 from lightning_modules.training.monitor.health import FiniteGuard
@@ -112,6 +114,8 @@ TRAINER_DEFAULTS = {
 class RecipeCLI(lightning_cli.LightningCLI):
     """LightningCLI over a recipe: `model`, `data`, `trainer`, and the run's own keys."""
 
+    words: Sequence[str] = ()  # what it was parsed from
+
     def init_parser(self, **kwargs: Any) -> lightning_cli.LightningArgumentParser:
         """Use our parser; abbreviated options are refused, since they hide typing errors."""
         parser = RecipeParser(allow_abbrev=False, **kwargs)
@@ -137,6 +141,10 @@ class RecipeCLI(lightning_cli.LightningCLI):
         for name, callback in RUN_CALLBACKS.items():
             parser.add_lightning_class_args(callback, name)
 
+    def kept(self) -> str:
+        """The resolved recipe, as a run keeps it."""
+        return with_references(self.parser.dump(self.config, skip_none=False), self.words)
+
     def before_instantiate_classes(self) -> None:
         """Give the trainer its place to write, unless the recipe names one."""
         trainer = self.config.trainer
@@ -159,7 +167,8 @@ def _with_csv(loggers: Any, run_dir: str) -> list[Any]:
     csv = logger(AppendingCSVLogger, save_dir=f"{run_dir}/logs")
     if loggers in (None, True):
         return [csv, logger(TolerantTensorBoardLogger, save_dir=run_dir, name="", version="logs")]
-    return [csv, *(loggers if isinstance(loggers, list) else [loggers])]
+    given = loggers if isinstance(loggers, list) else [loggers]
+    return [csv, *(one_wandb_run(logger, run_dir) for logger in given)]
 
 
 def build_cli(words: list[str]) -> RecipeCLI:
@@ -188,7 +197,7 @@ def build_cli(words: list[str]) -> RecipeCLI:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         try:
-            return RecipeCLI(
+            cli = RecipeCLI(
                 LightningModule,
                 LightningDataModule,
                 subclass_mode_model=True,
@@ -201,6 +210,8 @@ def build_cli(words: list[str]) -> RecipeCLI:
                 run=False,
                 args=words,
             )
+            cli.words = words
+            return cli
         except ValueError as error:  # what a class says of its arguments comes wrapped
             raise ValueError(shorten(str(error))) from error
 

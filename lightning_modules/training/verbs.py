@@ -122,7 +122,7 @@ def _fit(cli: RecipeCLI) -> None:
     else:
         for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SafeCheckpoints):
-                callback.recipe = cli.parser.dump(cli.config, skip_none=False)
+                callback.recipe = cli.kept()
         root = cli.config.checkpoints.dirpath or Path(cli.config.run_dir) / "checkpoints"
         if ckpt_path is None and CheckpointFolder(root).candidates():
             ckpt_path = str(root)
@@ -148,5 +148,5 @@ def _evaluate(verb: str, cli: RecipeCLI) -> None:
         evaluation = getattr(cli.model, "evaluations", {}).get(stage)
         path = _save_figures(result, evaluation, stage, run_dir / f"{verb}.json", stated)
     if trainer.is_global_zero:
-        text = cli.parser.dump(cli.config, skip_none=False)
+        text = cli.kept()
         write_atomically(path.with_suffix(".yaml"), text)
