@@ -128,7 +128,7 @@ _BACK_ENDS: dict[str, Callable[[bytes, Any, Limits], NDArray[np.uint8]]] = {
     "pyav": _decode_pyav,
 }
 _INSTALL = {
-    "decord": "install `decord` (no ARM wheel exists; `decord2` has one), or use 'auto' or 'pyav'",
+    "decord": "install `decord` 0.6.0 (x86-64 only), or use 'auto' or 'pyav'",
     "torchcodec": "install `eva02-at[torchcodec]` and FFmpeg's shared libraries, or use 'auto'",
     "torchcodec-cuda": "install torchcodec's CUDA build (pytorch.org's index) and FFmpeg's shared "
     "libraries, or use 'auto'",
@@ -182,9 +182,15 @@ def decoder_of(decoder: Decoder, options: Mapping[str, Any]) -> Decoder:
 
 def _problem(decoder: str) -> str | None:
     try:
-        importlib.import_module("torchcodec.decoders" if "torchcodec" in decoder else decoder)
+        module = importlib.import_module(
+            "torchcodec.decoders" if decoder == "torchcodec" else decoder
+        )
     except (ImportError, RuntimeError, OSError) as error:
         return str(error).splitlines()[0]
+    version = getattr(module, "__version__", "0")
+    if decoder == "decord" and not version.startswith("0."):
+        # decord2 shares the name; 3.4.0 raises on clips 48, 96 or 144 wide, among other widths
+        return f"decord2 {version} is installed in its place, which fails on some widths"
     return None
 
 

@@ -2,6 +2,7 @@
 
 import random
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -82,6 +83,17 @@ def test_without_decord_another_decoder_serves(tmp_path, monkeypatch):
         assert stored_decoder("auto") == decoder_of("auto", {}) == "pyav"
         assert np.array_equal(decode_frames(data, 4), expected)
         with pytest.raises(ValueError, match="install `decord`"):
+            check_decoder("decord")
+    finally:
+        stored_decoder.cache_clear()
+
+
+def test_decord2_is_not_taken_for_decord(monkeypatch):
+    monkeypatch.setitem(sys.modules, "decord", types.SimpleNamespace(__version__="3.4.0"))
+    stored_decoder.cache_clear()
+    try:
+        assert stored_decoder("auto") != "decord"
+        with pytest.raises(ValueError, match=r"decord2 3\.4\.0 is installed in its place"):
             check_decoder("decord")
     finally:
         stored_decoder.cache_clear()
