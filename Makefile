@@ -56,3 +56,5 @@ clean:
 lock:
 	(sed -n '/^#/p' requirements.lock; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//; /^eva02-at/d') > requirements.lock.new
 	mv requirements.lock.new requirements.lock
+	(sed -n '/^#/p' requirements-xformers.lock; sed '/^#/d; s/^torch==.*/torch==2.10.0/; s/^triton==.*/triton==3.6.0/' requirements.lock) > requirements-xformers.lock.new
+	mv requirements-xformers.lock.new requirements-xformers.lock
