@@ -1,5 +1,8 @@
 """The strategy files: each composes with a recipe and gives the settings it promises."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,3 +63,16 @@ def test_buckets_hold_a_part_of_the_model():
     assert bucket_elements(149_553_665) == 18_694_210  # B/16: eight of them
     assert bucket_elements(428_000_000) == 50_000_000
     assert bucket_elements(3) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_are_reduced_while_the_backward_pass_goes_on(tmp_path, stage):
+    """In Lightning's buckets, which hold the whole model, none is: one reduction after the pass."""
+    program = Path(__file__).with_name("zero_buckets.py")
+    command = [sys.executable, str(program), str(tmp_path), str(stage)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told == {"during": 7, "after": 1, "type": "torch.float32"}

@@ -117,7 +117,7 @@ def test_compiled_block_under_autocast() -> None:
     config = BlockConfig(HEADS * DIM, HEADS, 2048, "swiglu", 1e-6, key_bias=False, inner_norm=True)
     block = Block(config).cuda()
     init_layers(block)
-    x = torch.randn(2, 785, HEADS * DIM, device="cuda")
+    x = torch.randn(2, 785, HEADS * DIM, device="cuda", dtype=torch.bfloat16)  # a tower's stream
     results = []
     for function in (block, torch.compile(block, fullgraph=True)):
         with torch.autocast("cuda", torch.bfloat16):

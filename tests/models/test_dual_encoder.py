@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kernels.st_rope import st_rope_tables
 from lightning_modules.models import (
     PRESETS,
     DualEncoder,
@@ -20,7 +21,7 @@ from lightning_modules.models import (
     build_dual_encoder,
 )
 from lightning_modules.models.config import CLIP_MEAN, CLIP_STD
-from lightning_modules.models.layers import DropPath
+from lightning_modules.models.layers import Block, BlockConfig, DropPath, init_layers
 
 VISION = VisionConfig(
     image_size=16, patch_size=4, width=32, depth=2, num_heads=2, mlp_hidden=40, num_frames=3
@@ -506,3 +507,20 @@ def test_autocast_reaches_the_residual_stream(architecture: str) -> None:
         assert one.dtype == torch.float32
         # two blocks in 8 bits; embeddings have length 1
         torch.testing.assert_close(one, other, rtol=0, atol=3e-2)
+
+
+def test_a_padded_block_compiles_to_one_graph_under_autocast() -> None:
+    tables = st_rope_tables((2, 2), 3, 16, dtype=torch.float32)
+    config = BlockConfig(32, 2, 43, "swiglu", 1e-6, key_bias=False, inner_norm=True)
+    block = Block(config)
+    init_layers(block)
+    x = torch.randn(2, 13, 32, dtype=torch.bfloat16)
+    results = []
+    for function in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
+        block.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = function(x, tables)
+        assert out.dtype == torch.bfloat16
+        out.float().square().mean().backward()
+        results.append([out, *(parameter.grad.clone() for parameter in block.parameters())])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
