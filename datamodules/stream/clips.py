@@ -7,6 +7,7 @@ decides what is in it. What is drawn at random (frames, crop, text) is seeded by
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -34,6 +35,8 @@ from datamodules.video.decode import (
     decoder_of,
 )
 from datamodules.video.frames import Limits
+
+logger = logging.getLogger(__name__)
 
 _MAX_SUBSTITUTES = 100
 _MOST_SKIPPED = 100_000  # samples of missing shards besides
@@ -272,12 +275,13 @@ class EvalClips(Dataset):
 
 
 def _decoders(reader: SampleReader, options: ClipOptions) -> list[Decoder]:
-    """Which decoder serves each shard."""
-    return [
-        decoder
-        for manifest in reader.corpus.manifests
-        for decoder in [decoder_of(options.decoder, manifest.options)] * len(manifest.shards)
-    ]
+    """Say which decoder serves each shard."""
+    decoders: list[Decoder] = []
+    for manifest in reader.corpus.manifests:
+        decoder = decoder_of(options.decoder, manifest.options)
+        logger.info("clips of %s are decoded by %s", manifest.root or ".", decoder)
+        decoders += [decoder] * len(manifest.shards)
+    return decoders
 
 
 class EvalSentences(Dataset):

@@ -166,6 +166,7 @@ def processes_of(session: int) -> list[int]:
     return [pid for pid in found if "Z (" not in Path(f"/proc/{pid}/status").read_text()]
 
 
+@pytest.mark.slow  # three starts of the workers
 def test_fit_ends_well_over_hanging_copied_and_damaged_clips(tars, clips, tmp_path) -> None:
     """Nine bad clips: three hang, three were copied so that decord shows others, three rot."""
     checked = tmp_path / "checked"
