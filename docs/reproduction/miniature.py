@@ -149,6 +149,8 @@ class Miniature:
         command += [f"--data_dir={self.out}", f"--run_dir={run}", f"--seed_everything={seed}"]
         command += ["--data.num_workers=0", *self.words]
         run.mkdir(parents=True, exist_ok=True)
+        if verb == "test":  # or results of other weights would get another name
+            (run / "test.json").unlink(missing_ok=True)
         with (run / f"{verb}.log").open("w") as log:
             env = {**os.environ, "OMP_NUM_THREADS": "1"}
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=env)

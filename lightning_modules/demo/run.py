@@ -111,6 +111,8 @@ class Demo:
 
     def train(self, verb: str, recipe: str, name: str, *words: str) -> None:
         """Run a training command on one of the demo's recipes."""
+        if verb == "test":  # or results of other weights would get another name
+            (self.out / name / "test.json").unlink(missing_ok=True)
         command = [verb, f"--config={CONFIGS / recipe}.yaml", f"--data_dir={self.out}"]
         command += [f"--run_dir={self.out / name}", f"--seed_everything={self.seed}"]
         self._command([*command, *words, *self.words])
