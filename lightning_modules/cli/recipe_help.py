@@ -106,6 +106,13 @@ SECTIONS: dict[str, tuple[Section, ...]] = {
             ("on_change",),
         ),
         Section(
+            "damaged data over all ranks",
+            "--data_faults.",
+            ("lightning_modules/training/run/data_faults.py",),
+            ("DataFaults",),
+            (),
+        ),
+        Section(
             "losses that are not finite",
             "--finite.",
             ("lightning_modules/training/monitor/health.py",),
