@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,14 +26,20 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
     # inherit its threads.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "torchmetrics"])
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (world_size, folder, function, args)
+        arguments = (world_size, folder, function, args, dict(os.environ))
         mp.start_processes(_rank_main, arguments, nprocs=world_size, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
 
 
 def _rank_main(
-    rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    folder: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    environment: dict[str, str],
 ) -> None:
+    os.environ.update(environment)  # the server may have been started before a test set it
     torch.set_num_threads(1)
     store = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)

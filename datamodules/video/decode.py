@@ -183,7 +183,7 @@ def decoder_of(decoder: Decoder, options: Mapping[str, Any]) -> Decoder:
 def _problem(decoder: str) -> str | None:
     try:
         module = importlib.import_module(
-            "torchcodec.decoders" if decoder == "torchcodec" else decoder
+            "torchcodec.decoders" if decoder.startswith("torchcodec") else decoder
         )
     except (ImportError, RuntimeError, OSError) as error:
         return str(error).splitlines()[0]

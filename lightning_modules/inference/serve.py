@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import mimetypes
+import multiprocessing
 import secrets
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -26,7 +30,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from datamodules.video.windows import Unreadable, Window, in_children
+from datamodules.video.frames import UNREADABLE
+from datamodules.video.windows import Unreadable, Window
 from lightning_modules.inference.search import FolderSearch
 from lightning_modules.inference.search_index import Among
 from lightning_modules.inference.search_page import NOTHING_FITS, clock, picture_at
@@ -161,15 +166,41 @@ class SearchSite:
         """The picture at a moment, decoded in a child process."""
         path = self._path(request)
         time_s = request.path_params["time_s"]
-        picture = await asyncio.to_thread(_picture, Window(path, time_s, time_s))
+        picture = await asyncio.to_thread(_PICTURES.at, Window(path, time_s, time_s))
         if isinstance(picture, Unreadable):
             raise HTTPException(404, picture.reason)
         return Response(picture, media_type="image/jpeg", headers={"Cache-Control": "max-age=3600"})
 
 
-def _picture(window: Window) -> bytes | Unreadable:
-    ((_, result),) = next(in_children(picture_at, [[window]], 1, lambda w: w.video))
-    return result
+class _Pictures:
+    """Decodes in processes of its own: a video that crashes the decoder costs its picture alone.
+
+    Spawned, not forked: this process has threads, and a fork of it can hang on their locks.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pool: ProcessPoolExecutor | None = None
+
+    def at(self, window: Window) -> bytes | Unreadable:
+        """A JPEG, or why there is none."""
+        with self._lock:
+            if self._pool is None:
+                context = multiprocessing.get_context("spawn")
+                self._pool = ProcessPoolExecutor(2, mp_context=context)
+            pool = self._pool
+        try:
+            return pool.submit(picture_at, window).result()
+        except UNREADABLE as error:
+            return Unreadable(window.video, str(error))
+        except BrokenProcessPool:
+            with self._lock:
+                if self._pool is pool:
+                    self._pool = None
+            return Unreadable(window.video, "its decoder crashed")
+
+
+_PICTURES = _Pictures()
 
 
 def _asset(name: str) -> str:

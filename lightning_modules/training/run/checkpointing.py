@@ -115,10 +115,10 @@ class SafeCheckpoints(Checkpoint):
             trainer.strategy.checkpoint_io = PlainCheckpointIO()
         if stage != "fit":
             return
+        self._ranks = run_ranks()
         if is_trial(trainer):
             self.flag.restore()
             return
-        self._ranks = run_ranks()
         root = self.dirpath or Path(trainer.default_root_dir) / "checkpoints"
         self._owner = next((c for c in trainer.callbacks if isinstance(c, RunOwner)), None)  # type: ignore[attr-defined]
         fence = () if self._owner is None else (self._owner.number, self._owner.check)
