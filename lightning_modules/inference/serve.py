@@ -9,11 +9,12 @@ must show the token; whoever asks under another host's name is refused (DNS rebi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import mimetypes
 import multiprocessing
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -64,6 +65,7 @@ class SearchSite:
         videos = dict.fromkeys(v.path for search in searches for v in search.index.videos)
         self.videos = list(videos)
         self.number = {path: n for n, path in enumerate(self.videos)}
+        self._pictures = _Pictures()
 
     def app(self, host: str) -> Starlette:
         """Build the application.
@@ -81,7 +83,13 @@ class SearchSite:
                 Route("/frame/{number:int}/{time_s:float}.jpg", self.frame),
             ],
             middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
+            lifespan=self._lifespan,
         )
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        yield
+        self._pictures.close()
 
     def _admit(self, request: Request) -> None:
         shown = request.query_params.get("token") or request.cookies.get("token") or ""
@@ -166,7 +174,7 @@ class SearchSite:
         """The picture at a moment, decoded in a child process."""
         path = self._path(request)
         time_s = request.path_params["time_s"]
-        picture = await asyncio.to_thread(_PICTURES.at, Window(path, time_s, time_s))
+        picture = await asyncio.to_thread(self._pictures.at, Window(path, time_s, time_s))
         if isinstance(picture, Unreadable):
             raise HTTPException(404, picture.reason)
         return Response(picture, media_type="image/jpeg", headers={"Cache-Control": "max-age=3600"})
@@ -199,8 +207,12 @@ class _Pictures:
                     self._pool = None
             return Unreadable(window.video, "its decoder crashed")
 
-
-_PICTURES = _Pictures()
+    def close(self) -> None:
+        """End the processes."""
+        with self._lock:
+            if self._pool is not None:
+                self._pool.shutdown(cancel_futures=True)
+                self._pool = None
 
 
 def _asset(name: str) -> str:

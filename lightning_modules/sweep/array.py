@@ -52,15 +52,17 @@ def run_task(files: SweepFiles, key: str) -> bool:
 
 
 def collect(files: SweepFiles, attempt: int) -> None:
-    """The last job of a sweep: submit what was killed once more, and write the table.
+    """The last job of a sweep: write the table, and submit what was killed once more.
+
+    In this order: the job that collects again may be done before this one is.
 
     Args:
         files: The sweep's.
         attempt: How often cells have been submitted.
     """
     plan, slurm = Plan.load(files.directory), SlurmOptions.load(files)
+    write_table(files, plan)
     waiting = files.waiting(plan, retry_failed=False)
     if waiting and attempt < slurm.rounds:
         print(f"{len(waiting)} cells have no result: submitted again")
         submit(files, waiting, slurm, attempt + 1)
-    write_table(files, plan)

@@ -51,7 +51,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> SearchSite:
 def client(site: SearchSite):
     from starlette.testclient import TestClient
 
-    return TestClient(site.app("127.0.0.1"), base_url="http://127.0.0.1")
+    with TestClient(site.app("127.0.0.1"), base_url="http://127.0.0.1") as client:
+        yield client
 
 
 def test_a_question_is_answered_by_every_model(client, site: SearchSite) -> None:
@@ -165,6 +166,13 @@ def page(address: str):
         assert problems == []
 
 
+def answered(page) -> None:
+    """Wait for an answer; the failure says what the page says."""
+    from playwright.sync_api import expect
+
+    expect(page.locator("#status")).to_contain_text("moments for", timeout=120_000)
+
+
 @needs_browser
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_typing_playing_and_the_keyboard(page, address: str, width: int, scheme: str) -> None:
@@ -173,9 +181,10 @@ def test_typing_playing_and_the_keyboard(page, address: str, width: int, scheme:
     page.set_viewport_size({"width": width, "height": 900})
     page.emulate_media(color_scheme=scheme)
     page.goto(address)
-    page.keyboard.type("opens the fridge")  # the field has the focus
+    page.wait_for_selector("#q:focus")  # comes by itself, some time after the page
+    page.keyboard.type("opens the fridge")
     page.keyboard.press("Enter")
-    page.wait_for_selector(".hits li")
+    answered(page)
     assert page.locator("section").count() == 2
     assert "moments for “opens the fridge”" in page.inner_text("#status")
     name = "a <b> & 'c'/x.mp4"
@@ -197,7 +206,7 @@ def test_typing_playing_and_the_keyboard(page, address: str, width: int, scheme:
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     # the address holds the question: it can be kept and sent on
     page.reload()
-    page.wait_for_selector(".hits li")
+    answered(page)
     assert page.input_value("#q") == "opens the fridge"
     found = Axe().run(page)
     assert found.response["violations"] == [], found.generate_report()
