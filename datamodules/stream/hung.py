@@ -101,6 +101,13 @@ class DecodeWatch:
         finally:
             mine[_TURN] += 1
 
+    def clear(self) -> None:
+        """Forget what workers said; to be called before new ones start, not after.
+
+        A worker may be in its first sample before anybody watches it.
+        """
+        self._table.zero_()
+
     @contextlib.contextmanager
     def over(
         self, workers: Sequence[Any], describe: Callable[[int, int], str]
@@ -111,7 +118,6 @@ class DecodeWatch:
             workers: Their processes.
             describe: Names a sample by (shard, row).
         """
-        self._table.zero_()
         ended: set[int] = set()
         done = threading.Event()
         arguments = (workers, describe, ended, done)

@@ -93,6 +93,8 @@ class PlaceLoader:
             worker_init_fn=partial(_begin_worker, os.getpid(), self._gpu()),
             generator=generator,
         )
+        if self.watch is not None:
+            self.watch.clear()
         with signals_held_back():  # the workers inherit this
             batches = iter(loader)
         if self.num_workers:

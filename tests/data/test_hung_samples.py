@@ -154,6 +154,30 @@ def test_a_hanging_sample_costs_its_worker_once(clips, tmp_path, caplog) -> None
     assert [batch.keys for batch in whole] == first and torch.equal(torch.rand(1), drawn)
 
 
+def test_a_worker_that_hangs_before_it_is_watched_is_replaced(clips, tmp_path, monkeypatch) -> None:
+    names = ["good"] * 12
+    names[5] = "hanging"
+    foreign_tar(tmp_path / "a.tar", samples(names, clips))
+    index_tars(tmp_path, probe=False, decoder="decord")
+    watch = DecodeWatch(1, 1.0)
+    over = watch.over
+
+    def late(*arguments):
+        while not ((0, 5) in watch.hung or in_hanging()):
+            time.sleep(0.01)
+        return over(*arguments)
+
+    def in_hanging() -> bool:
+        _, row, turn = watch._table[0].tolist()
+        return row == 5 and turn % 2 == 1
+
+    monkeypatch.setattr(watch, "over", late)
+    data = stream(tmp_path, watch)
+    loader = PlaceLoader(data, lambda: [(0, 0, 0), (0, 1, 0)], 2, num_workers=1, watch=watch)
+    keys = [key for batch in loader for key in batch.keys]
+    assert len(keys) == 12 and "hanging" not in str(keys) and (0, 5) in watch.hung
+
+
 def processes_of(session: int) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
@@ -182,7 +206,11 @@ def test_fit_ends_well_over_hanging_copied_and_damaged_clips(tars, clips, tmp_pa
     done = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
-    told = done.communicate(timeout=240)[0]
+    try:
+        told = done.communicate(timeout=240)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(done.pid, signal.SIGKILL)
+        raise
     assert done.returncode == 0, told[-3000:]
     for row in (4, 13, 22):
         assert f"damaged sample {row:02d}-hanging (clip {row:02d}-hanging)" in told
