@@ -46,6 +46,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "lightning_modules.training.optim": (
         "lightning_modules.collectives",
+        "lightning_modules.training.run.agreement",
         "lightning_modules.training.run.checkpoint_store",
         "lightning_modules.training.run.private",
     ),

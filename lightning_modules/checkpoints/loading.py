@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import pickle
 import re
@@ -130,12 +131,14 @@ def read_checkpoint(path: str | PathLike[str]) -> object:
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it cannot be read safely.
+        OSError: if the storage fails.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path}: no such file")
     try:
         if path.suffix == ".safetensors":
+            path.open("rb").close()  # says what the storage says; safetensors has one error for all
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "looks like a TorchScript archive": said below
@@ -147,6 +150,8 @@ def read_checkpoint(path: str | PathLike[str]) -> object:
             "where it comes from, save its state dict alone with torch.save or safetensors."
         ) from None
     except (RuntimeError, EOFError, OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise  # the storage's, which says nothing of the file; a bad seek is the file's
         if "TorchScript" in str(error):
             mend = (
                 "It is a TorchScript program (OpenAI's original files are), which is not run "

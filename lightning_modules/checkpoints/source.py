@@ -30,6 +30,7 @@ from lightning_modules.training.run.checkpoint_store import (
     Manifest,
     check_contents,
     check_sizes,
+    is_of_the_machine,
 )
 
 log = logging.getLogger(__name__)
@@ -210,6 +211,8 @@ def _newest(root: Path, names: list[str]) -> CheckpointSource:
         try:
             return _complete(root / name)
         except ValueError as error:
+            if is_of_the_machine(error):
+                raise
             complaints.append(str(error))
             log.warning("checkpoint skipped: %s", error)
     raise ValueError(f"no complete checkpoint in {root}: {'; '.join(complaints)}")

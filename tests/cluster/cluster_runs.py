@@ -9,9 +9,12 @@ TOTAL = 3 * STEPS_PER_EPOCH
 REAL = {"workers": 1, "dropout": 0.2, "ema": True}  # what could break exactness, switched on
 
 
-def run(zygote, folder, *, world=2, **options):
+def run(zygote, folder, *, world=2, meanwhile=None, **options):
+    """Run to the end; `meanwhile` is called with the run under way."""
     folder.mkdir(exist_ok=True)
     launched = zygote.start(folder / "log.txt", world=world, folder=str(folder), **options)
+    if meanwhile is not None:
+        meanwhile(launched)
     launched.wait()
     return launched
 

@@ -3,8 +3,8 @@
 Importing Lightning and DeepSpeed takes seconds; a real run of several ranks is started dozens of
 times here. The zygote imports once, never computes, and forks each rank, which then starts its
 own process group and runs `tiny_run.main(**kwargs)`, or `eva02-at ARGV` where argv is given.
-Protocol: one JSON line in ({world, kwargs, log}), one JSON line of pids out, then one of exit
-codes when all have ended.
+Protocol: one JSON line in ({world, kwargs, log}), one of pids out; later the pids in, and the exit
+codes out when all have ended. Several runs may be alive at once.
 """
 
 import ctypes
@@ -44,15 +44,20 @@ class Run:
     codes: list[int] = field(default_factory=list)
 
     def wait(self) -> list[int]:
-        self.codes = json.loads(self.zygote.process.stdout.readline())
+        self.codes = self.zygote.ask(self.pids)
         return self.codes
+
+    def ended(self) -> bool:
+        """Whether some rank is there no more; it is not waited for."""
+        stats = [Path(f"/proc/{pid}/stat").read_text() for pid in self.pids]
+        return any(stat.rpartition(")")[2].split()[0] in "ZX" for stat in stats)
 
     def text(self) -> str:
         return self.log.read_text()
 
 
 class Zygote:
-    """Starts runs; one at a time."""
+    """Starts runs."""
 
     def __init__(self, **more: str) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **more}
@@ -65,10 +70,12 @@ class Zygote:
         )
 
     def start(self, log: Path, world: int = 1, **kwargs) -> Run:
-        order = {"world": world, "kwargs": kwargs, "log": str(log)}
+        return Run(self, self.ask({"world": world, "kwargs": kwargs, "log": str(log)}), log)
+
+    def ask(self, order: dict | list[int]) -> list[int]:
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
-        return Run(self, json.loads(self.process.stdout.readline()), log)
+        return json.loads(self.process.stdout.readline())
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -133,6 +140,10 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         order = json.loads(line)
+        if isinstance(order, list):
+            codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in order]
+            print(json.dumps(codes), file=answers, flush=True)
+            continue
         port, pids = free_port(), []
         for rank in range(order["world"]):
             pid = os.fork()
@@ -152,8 +163,6 @@ def _serve() -> None:
                     os._exit(code)
             pids.append(pid)
         print(json.dumps(pids), file=answers, flush=True)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-        print(json.dumps(codes), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ a word about it, and the next start goes on to the same losses.
 
 import collections
 import errno
+import json
 import random
 import shutil
 import subprocess
@@ -140,6 +141,35 @@ def test_no_call_that_fails_costs_a_checkpoint_or_a_loss(failing, tmp_path, stop
             raise AssertionError(f"{begin} {fault}: {error}") from error
     print(f"{number} injections: {dict(ends)}")
     assert ends["ended with 75"] + ends["went on"] >= number / 2
+
+
+@pytest.mark.parametrize("error", ["EIO", "ESTALE", "ENOSPC"])
+def test_storage_that_fails_is_no_fault_of_the_checkpoint_that_test_reads(
+    failing, tmp_path, stopped, error
+):
+    """It ends with 75, and what figures there are are those of the newest checkpoint.
+
+    A read error of its manifest is the checkpoint's own: it is passed over, which is told.
+    """
+    options, ends = {**OPTIONS, "verb": "test"}, collections.Counter()
+    for call in CALLS:
+        folder = shutil.copytree(stopped[0], tmp_path / call / "run")
+        n, hit = 0, True
+        while hit and n < 8:  # in a row, until there is no such call any more
+            n += 1
+            fault = {"under": str(folder), "call": call, "n": n, "error": getattr(errno, error)}
+            done = start(failing, folder, fault=fault, **options)
+            told, results = done.text(), folder / "test.json"
+            hit = "fault: hit" in told
+            assert done.codes == [0] or (hit and done.codes == [75]), told
+            assert done.codes == [75] or results.exists(), told
+            if results.exists():
+                older = error == "EIO" and "checkpoint skipped: step-" in told
+                step = json.loads(results.read_text())["weights"]["step"]
+                assert step == STOP_AT["at"] + (0 if older else 1)
+                results.unlink()
+            ends[call] += hit
+    assert all(ends.values()), ends
 
 
 def test_the_first_steps_of_a_run_are_steps(stopped):

@@ -4,10 +4,12 @@
 """
 
 import csv
+import json
 import os
 import shutil
 import signal
 import tempfile
+import time
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -30,7 +32,7 @@ EPOCHS = 3
 TOTAL = EPOCHS * STEPS_PER_EPOCH
 CONSTANT = {"optimizer": {"schedule": "constant"}, "csv": True}
 AHEAD = st.integers(1, 6)  # steps from where the run stands
-SHARED = {}  # the zygote and the untouched run's folder
+SHARED = {}  # the zygote, the untouched run's folder, and figures of its checkpoints
 
 
 def rows(folder):
@@ -45,6 +47,32 @@ def rows(folder):
             for name in ("train/loss", "val/map_avg")
             if row.get(name)
         ]
+
+
+def contents(folder):
+    """Every file but what a run says, what a verb is to leave, and the owner's heartbeat."""
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".txt" and ".owner" not in path.parts
+        if not path.name.startswith("test")
+    }
+
+
+def figure_of(folder, **options):
+    """What `test` says of a run's checkpoint: its step, and the figure.
+
+    None if it refuses: the contents of the newest are not what was written.
+    """
+    for path in (*folder.glob("test*"), folder / "log.txt"):
+        path.unlink(missing_ok=True)
+    done = run(SHARED["zygote"], folder, world=1, verb="test", **options)
+    if done.codes != [0]:
+        assert "the contents of state have changed" in done.text()
+        assert not list(folder.glob("test*")), done.text()
+        return None
+    told = json.loads((folder / "test.json").read_text())
+    return told["weights"]["step"], told["test/map_avg"]
 
 
 class RunLife(RuleBasedStateMachine):
@@ -74,14 +102,15 @@ class RunLife(RuleBasedStateMachine):
         names = self.complete()
         return int(names[-1].removeprefix("step-")) if names else 0
 
-    def fit(self, world, **options):
+    def fit(self, world, meanwhile=None, **options):
         """Run `fit`; whatever ends it, it begins where the newest whole checkpoint stands."""
         self.fits += 1
         begins = self.at
         seen = len(steps(self.folder)) if (self.folder / "steps-0.jsonl").exists() else 0
         options = {**CONSTANT, "epochs": EPOCHS, "recipe": f"fit: {self.fits}\n", **options}
         self.exact &= world == 1
-        done = run(SHARED["zygote"], self.folder, world=world, strategy="ddp", **options)
+        options |= {"world": world, "strategy": "ddp"}
+        done = run(SHARED["zygote"], self.folder, meanwhile=meanwhile, **options)
         new = steps(self.folder)[seen:] if (self.folder / "steps-0.jsonl").exists() else []
         if new:
             assert new[0]["step"] == begins, done.text()
@@ -158,6 +187,51 @@ class RunLife(RuleBasedStateMachine):
         trouble = {"at": due, "where": f"call:{call}"}
         options = {"trouble": trouble, "trainer_options": {"max_steps": min(due + 2, TOTAL)}}
         assert set(self.fit(world, **options).codes) == {0}, self.last.text()
+
+    @precondition(lambda self: self.at < TOTAL)
+    @rule(ahead=AHEAD, worlds=st.sampled_from([(1, 1), (1, 2), (2, 1)]))
+    def a_second_run_comes(self, ahead, worlds):
+        """While one trains, another is refused and changes nothing."""
+        held, go = self.folder / "held", self.folder / "go"
+
+        def meanwhile(first):
+            while not held.exists():
+                assert not first.ended(), first.text()
+                time.sleep(0.01)
+            before = contents(self.folder)
+            options = {**CONSTANT, "recipe": "second: run\n", "folder": str(self.folder)}
+            log = self.folder / "second.txt"
+            second = SHARED["zygote"].start(log, world=worlds[1], **options)
+            assert set(second.wait()) == {1}, second.text()
+            assert "is in use by" in second.text()
+            assert contents(self.folder) == before
+            go.touch()
+
+        at = min(self.at + ahead, TOTAL) - 1
+        quiet = {"background": False}
+        self.fit(worlds[0], meanwhile, trouble={"at": at, "where": "hold"}, checkpoints=quiet)
+        assert set(self.last.codes) == {0}, self.last.text()
+        held.unlink()
+        go.unlink()
+
+    @precondition(lambda self: bool(self.complete()))
+    @rule()
+    def test(self):
+        """The newest whole checkpoint's figure is the oracle's, and nothing of the run changes."""
+        before = contents(self.folder)
+        told = figure_of(self.folder)
+        assert contents(self.folder) == before
+        if told is None:
+            assert self.damaged
+            return
+        step, figure = told
+        name = f"step-{step:08d}"
+        assert name in self.complete()
+        if name not in SHARED["figures"]:
+            path = str(SHARED["oracle"] / "checkpoints" / name)
+            SHARED["figures"][name] = figure_of(SHARED["oracle"], ckpt_path=path)[1]
+        exact = {"rel": 0} if self.exact else {"rel": 1e-4}
+        assert figure == pytest.approx(SHARED["figures"][name], **exact)
 
     @precondition(lambda self: len(self.complete()) > 1)
     @rule(how=st.sampled_from(["cut", "flip", "lose", "manifest", "nonsense", "config"]))
@@ -243,7 +317,7 @@ def shared(zygote, tmp_path_factory):
     oracle = tmp_path_factory.mktemp("oracle")
     keep = {"checkpoints": {"keep_last": 0}}
     assert run(zygote, oracle, world=1, epochs=EPOCHS, **CONSTANT, **keep).codes == [0]
-    SHARED.update(zygote=zygote, oracle=oracle)
+    SHARED.update(zygote=zygote, oracle=oracle, figures={})
 
 
 def live(lives, length, **options):

@@ -14,6 +14,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,7 @@ from lightning_modules.training.run.settings import SameSettings
 from lightning_modules.training.run.signals import EXIT_REQUEUE, RunStopped
 from lightning_modules.training.run.strategies import ZeroStrategy
 from lightning_modules.training.run.watchdog import StallWatchdog
+from lightning_modules.training.verbs import run_verb
 
 GLOBAL_BATCH, STEPS_PER_EPOCH = 8, 5
 
@@ -113,6 +115,8 @@ class TinyData(LightningDataModule):
         batches = [[(9, 0), (9, 1)], [(9, 2), (9, 3)]]
         return DataLoader(Samples(), batch_sampler=batches, collate_fn=collate)
 
+    test_dataloader = val_dataloader
+
 
 class TinyModule(LightningModule):
     def __init__(self, folder: Path, optimizer: OptimizerConfig, dropout: float, poison) -> None:
@@ -145,9 +149,14 @@ class TinyModule(LightningModule):
         return loss
 
     def validation_step(self, batch, batch_idx):
+        self.log("val/map_avg", self.score(batch), sync_dist=True, batch_size=len(batch.ids))
+
+    def test_step(self, batch, batch_idx):
+        self.log("test/map_avg", self.score(batch), sync_dist=True, batch_size=len(batch.ids))
+
+    def score(self, batch):
         x = batch.x.to(self.model[0].weight.dtype)
-        score = -(self.model(x) - x).float().square().mean()
-        self.log("val/map_avg", score, sync_dist=True, batch_size=len(x))
+        return -(self.model(x) - x).float().square().mean()
 
     def on_validation_epoch_end(self):
         with (self.folder / f"validations-{self.global_rank}.jsonl").open("a") as file:
@@ -183,8 +192,13 @@ class Trouble(Callback):
 
             setattr(place, name, failing)
 
-    def on_train_batch_start(self, trainer, *args):
+    def on_train_batch_start(self, trainer, module, *args):
+        """`hold`: wait before step `at` until the test makes the file `go`."""
         time.sleep(self.pause_s)
+        if self.where == "hold" and trainer.global_step == self.at:
+            (module.folder / "held").touch()
+            while not (module.folder / "go").exists():
+                time.sleep(0.01)
         self._strike(trainer, "train")
 
     def on_train_batch_end(self, trainer, module, *args):
@@ -228,6 +242,8 @@ def main(
     owner: dict | None = None,
     on_change: str = "extend",
     recipe: str | None = None,
+    verb: str = "fit",
+    ckpt_path: str | None = None,
 ) -> int:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -267,6 +283,8 @@ def main(
         **{"lr": 0.02, "schedule": "cosine", "warmup_epochs": 0.4, **(optimizer or {})}
     )
     module = TinyModule(path, config, dropout, poison)
+    if verb != "fit":
+        return run_verb(verb, as_cli(trainer, module, TinyData(workers), ckpt_path))
     store = path / "checkpoints"
     resume = str(store) if any(store.glob("step-*")) else None
     try:
@@ -274,6 +292,19 @@ def main(
     except RunStopped:
         return EXIT_REQUEUE
     return 0
+
+
+def as_cli(trainer, module, data, ckpt_path):
+    """What a verb reads of a parsed recipe."""
+    config = SimpleNamespace(
+        ckpt_path=ckpt_path,
+        run_dir=trainer.default_root_dir,
+        checkpoints=SimpleNamespace(dirpath=None),
+        data=SimpleNamespace(as_dict=lambda: {"class_path": "tiny"}),
+    )
+    return SimpleNamespace(
+        trainer=trainer, model=module, datamodule=data, config=config, kept=lambda: "tiny: run\n"
+    )
 
 
 def steps(folder: Path, rank: int = 0) -> list[dict]:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_modules.collectives import all_gather, on_group_device
+from lightning_modules.training.run.agreement import run_ranks
 from lightning_modules.training.run.checkpoint_store import FOLDER_KEY
 from lightning_modules.training.run.private import lerp_
 
@@ -42,9 +43,14 @@ class WeightAverage(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Read the average that lies beside the checkpoint's state."""
+        """Read the average that lies beside the checkpoint's state.
+
+        Raises:
+            OSError: Some rank cannot; its contents are what was written (`resume.verify`).
+        """
         path = Path(checkpoint.get(FOLDER_KEY, "")) / EMA_FILE
-        self._loaded = load_file(path) if path.is_file() else {}
+        with run_ranks().together(f"reading {path}"):
+            self._loaded = load_file(path) if path.is_file() else {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the checkpoint's average, or from the weights."""

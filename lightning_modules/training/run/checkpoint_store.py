@@ -15,6 +15,7 @@ judged here and before anything is loaded.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -106,6 +107,21 @@ def check_contents(folder: Path, records: Iterable[FileRecord]) -> None:
         with (folder / record.path).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
                 raise ValueError(f"{folder.name}: the contents of {record.path} have changed")
+
+
+_OF_THE_FILE = (None, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
+
+
+def is_of_the_machine(error: BaseException | None) -> bool:
+    """Whether an error or what it was raised from (a stale mount, say) says nothing of the file.
+
+    A checkpoint may not be passed over for it. A read error is the file's own.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno not in _OF_THE_FILE:
+            return True
+        error = error.__cause__
+    return False
 
 
 class CheckpointFolder:

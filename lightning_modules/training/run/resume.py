@@ -16,11 +16,11 @@ from lightning_modules.training.run.checkpoint_store import (
     Manifest,
     check_contents,
     check_sizes,
+    is_of_the_machine,
 )
 
 log = logging.getLogger(__name__)
 
-_OF_THE_FILE = (None, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
 _NOT_PICKLED = {".safetensors", ".json", ".yaml"}
 
 
@@ -40,15 +40,21 @@ def resolve_checkpoint(path: str | Path, ranks: Ranks) -> tuple[Path, Manifest]:
         OSError: They cannot be read now, which says nothing about them.
     """
     path = Path(path)
-    single = ranks.first((path / MANIFEST).is_file())
-    root, names = path, ranks.first(CheckpointFolder(path).candidates())
+    found = None
+    with ranks.together(f"looking for checkpoints in {path}"):
+        if ranks.rank == 0:
+            found = (path / MANIFEST).is_file(), CheckpointFolder(path).candidates()
+    single, names = ranks.first(found)
+    root = path
     if single:
         root, names = path.parent, [path.name]
     complaints = []
     for name in names:
         complaint = verify(root / name, ranks)
         if complaint is None:
-            return root / name, Manifest.read(root / name)
+            with ranks.together(f"reading {root / name}"):
+                manifest = Manifest.read(root / name)
+            return root / name, manifest
         complaints.append(complaint)
         if ranks.rank == 0:
             log.warning("checkpoint skipped: %s", complaint)
@@ -78,19 +84,11 @@ def verify(folder: Path, ranks: Ranks) -> str | None:
         _check_plain(folder, share, deepspeed=manifest.strategy != "plain")
     except Exception as error:
         complaint = str(error) or type(error).__name__
-        passes = _is_machines(error)
+        passes = is_of_the_machine(error)
     told = [(why, p) for why, p in ranks.gather((complaint, passes)) if why is not None]
     if any(p for _, p in told):
         raise OSError(f"cannot read {folder} now: {next(why for why, p in told if p)}")
     return told[0][0] if told else None
-
-
-def _is_machines(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno not in _OF_THE_FILE:
-            return True
-        error = error.__cause__
-    return False
 
 
 def _check_plain(folder: Path, records: Sequence[FileRecord], deepspeed: bool) -> None:

@@ -54,14 +54,17 @@ class PlainCheckpointIO(TorchCheckpointIO):
         """Load a checkpoint of the store, or any other Lightning file as it is."""
         if Path(path).is_file():
             return load_plain(Path(path))
-        folder, manifest = resolve_checkpoint(path, run_ranks())
+        ranks = run_ranks()
+        folder, manifest = resolve_checkpoint(path, ranks)
         if manifest.strategy != "plain":
             raise ValueError(
                 f"{folder} was written by {manifest.strategy}; resume it with that strategy, or "
                 "start from its weights: `eva02-at convert`, then model.init_checkpoint"
             )
         log.info("resuming from %s", folder)
-        return {**load_plain(folder / STATE), FOLDER_KEY: str(folder)}
+        with ranks.together(f"reading {folder}"):
+            state = load_plain(folder / STATE)
+        return {**state, FOLDER_KEY: str(folder)}
 
 
 def bucket_elements(parameters: int) -> int:
