@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -115,6 +118,7 @@ def test_the_recipe_learns_from_a_pretrained_tower_and_is_tested(tmp_path, annot
     saved = torch.load(run / "logits.pt")["video"]
     assert saved["index"].tolist() == list(range(16)) and saved["logits"].shape == (16, 2)
     check_evaluate_and_sweep(tmp_path, run, annotations, figures)
+    check_two_ranks(tmp_path, run, annotations, common)
     capsys.readouterr()
     assert main(["embed", f"--checkpoint={run}", "--videos=x.mp4", "--output=x.pt"]) == 2
     assert "names one of 2 classes and keeps no text tower" in capsys.readouterr().err
@@ -140,6 +144,28 @@ def check_evaluate_and_sweep(folder: Path, run: Path, annotations: Path, tested:
     assert {
         f"test/{name}": result[name] for name in evaluated if f"test/{name}" in tested
     } == tested
+
+
+def check_two_ranks(folder: Path, run: Path, annotations: Path, common: list[str]) -> None:
+    """`test` and `evaluate` of one checkpoint on two ranks each: the same figures and counts."""
+    test = ["test", *common, f"--ckpt_path={run / 'checkpoints'}", "--trainer.devices=2"]
+    test += ["--trainer.strategy=ddp", f"--run_dir={folder / 'two'}"]
+    evaluate = ["evaluate", f"--checkpoint={run}", "--benchmark=ek100_cls", "--devices=2"]
+    evaluate += [f"--shards={folder / 'ek100_validation'}", f"--annotations={annotations}"]
+    evaluate += [
+        "--workers=0",
+        "--batch-size=3",
+        "--accelerator=cpu",
+        f"--json={folder / '2.json'}",
+    ]
+    for words in (test, evaluate):
+        command = [sys.executable, "-m", "lightning_modules.cli.main", *words]
+        subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200, check=True)
+    tested = json.loads((folder / "two" / "test.json").read_text())
+    evaluated = json.loads((folder / "2.json").read_text())
+    same = {name for name in evaluated if f"test/{name}" in tested}
+    assert len(same) == 9  # figures and counts
+    assert {name: tested[f"test/{name}"] for name in same} == {n: evaluated[n] for n in same}
 
 
 def test_a_pretrained_tower_comes_without_its_projection(tmp_path, annotations):
