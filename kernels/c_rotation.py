@@ -19,8 +19,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _library() -> tuple[ctypes.CDLL | None, str]:
-    # in PyTorch's order of roundings: no multiplication fused with an addition
-    return c_library.load("rotation.c", "-ffp-contract=off")
+    return c_library.load("rotation.c")
 
 
 def reason(dtype: torch.dtype) -> str:

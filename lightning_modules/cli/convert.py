@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lightning_modules.cli.model_options import add_model_options, reading
 from lightning_modules.cli.parser import CommandParser
+from lightning_modules.cli.startup import importing
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,7 +53,8 @@ def main(argv: list[str]) -> int:
         raise ValueError("--private, --licence and --results go with --push")
     if options.push is not None and options.licence is None:
         raise ValueError("--push needs --licence: what the data and the first weights permit")
-    from lightning_modules.checkpoints.conversion import load_trained, save_model
+    with importing():
+        from lightning_modules.checkpoints.conversion import load_trained, save_model
 
     loaded = load_trained(options.input, **reading(options))
     description = save_model(loaded, options.output)

@@ -6,6 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
+from lightning_modules.cli.startup import importing
+
 
 def main(argv: list[str]) -> int:
     """Run the demo.
@@ -27,11 +29,12 @@ def main(argv: list[str]) -> int:
         help="size of the world; even numbers",
     )
     args, words = parser.parse_known_args(argv)
-    import torch
+    with importing():
+        import torch
 
-    from lightning_modules.cli.main import main as run_command
-    from lightning_modules.demo.run import Demo, StageFailed
-    from lightning_modules.demo.world import WorldOptions
+        from lightning_modules.cli.main import main as run_command
+        from lightning_modules.demo.run import Demo, StageFailed
+        from lightning_modules.demo.world import WorldOptions
 
     sizes = dict(zip(("num_pretrain", "num_train", "num_test"), args.clips or (), strict=False))
     # One core is the loader's: with a thread on each, every matrix product would wait for it.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lightning_modules.cli.model_options import add_model_options, load_from_options
 from lightning_modules.cli.parser import CommandParser
+from lightning_modules.cli.startup import importing
 from lightning_modules.cli.video_options import (
     add_video_options,
     embed_options,
@@ -73,7 +74,8 @@ def main(argv: list[str]) -> int:
         raise ValueError("give --videos or --texts, one of them")
     if options.texts is not None:
         return _embed_texts(options)
-    from lightning_modules.inference.features import check_places, write_features
+    with importing():
+        from lightning_modules.inference.features import check_places, write_features
 
     check_places(options.videos, options.output, options.rate)
     how = embed_options(options)

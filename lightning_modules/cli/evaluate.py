@@ -7,6 +7,7 @@ import sys
 
 from lightning_modules.cli.evaluate_options import evaluate_parser
 from lightning_modules.cli.model_options import reading
+from lightning_modules.cli.startup import importing
 from lightning_modules.zoo import checkpoint_of, find_entry
 
 
@@ -25,13 +26,14 @@ def main(argv: list[str]) -> int:
         entry = find_entry(options.zoo)
         options.settings = [*entry.settings, *options.settings]
         options.checkpoint = checkpoint_of(entry)
-    from datamodules.stream.cache import FileCache
-    from lightning_modules.checkpoints.conversion import load_trained
-    from lightning_modules.evaluation.processes import Machines
-    from lightning_modules.evaluation.results import Outputs
-    from lightning_modules.evaluation.run import EvalOptions, evaluate_here, open_benchmark
-    from lightning_modules.training.run.devices import check_devices
-    from lightning_modules.training.run.launch import check_slurm, meet
+    with importing():
+        from datamodules.stream.cache import FileCache
+        from lightning_modules.checkpoints.conversion import load_trained
+        from lightning_modules.evaluation.processes import Machines
+        from lightning_modules.evaluation.results import Outputs
+        from lightning_modules.evaluation.run import EvalOptions, evaluate_here, open_benchmark
+        from lightning_modules.training.run.devices import check_devices
+        from lightning_modules.training.run.launch import check_slurm, meet
 
     outputs = Outputs(options.json, options.prediction, options.submission)
     outputs.check(options.benchmark)

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from lightning_modules.cli.endings import EXIT_FAULT, EXIT_OK, EXIT_USER_ERROR, exit_code, report
+from lightning_modules.cli.startup import importing
 from lightning_modules.training.run.signals import STOP
 
 # command -> (module with `main(argv) -> exit code`, one-line help). Modules are imported only
@@ -90,7 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"unknown command {command!r}; one of: {', '.join(COMMANDS)}")
         if command == "fit":
             STOP.install()  # before the imports that take seconds
-        run: Callable[[list[str]], int] = importlib.import_module(COMMANDS[command][0]).main
+        with importing():
+            module = importlib.import_module(COMMANDS[command][0])
+        run: Callable[[list[str]], int] = module.main
         return run([command, *rest] if command in _TRAINER_VERBS else rest)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has left, as `| head` does

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from lightning_modules.cli.model_options import add_model_options, load_from_options
 from lightning_modules.cli.parser import CommandParser
+from lightning_modules.cli.startup import importing
 from lightning_modules.cli.video_options import (
     add_video_options,
     embed_options,
@@ -98,7 +99,8 @@ def main(argv: list[str]) -> int:
 
 
 def _open(options: argparse.Namespace, path: str) -> FolderSearch:
-    from lightning_modules.inference.search import open_folder
+    with importing():
+        from lightning_modules.inference.search import open_folder
 
     loaded = load_from_options(options, path)
     folder = open_folder(options.videos, loaded, embed_options(options), options.index)

@@ -6,6 +6,7 @@ import shlex
 from argparse import ArgumentParser
 from pathlib import Path
 
+from lightning_modules.cli.startup import importing
 from lightning_modules.packaged import folder
 
 
@@ -63,7 +64,8 @@ def main(argv: list[str]) -> int:
         return int(stop.code or 0)
     if not any(word.startswith("--config") for word in words):
         raise ValueError("name a recipe: --config NAME (`eva02-at recipes` lists them)")
-    from lightning_modules.training import job
+    with importing():
+        from lightning_modules.training import job
 
     cli = job.parse_for_cluster(words)
     notes = job.check_job(given, cli)

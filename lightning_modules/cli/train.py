@@ -7,6 +7,7 @@ import os
 import sys
 
 from lightning_modules.cli.recipe_help import short_help, topic_help
+from lightning_modules.cli.startup import importing
 
 
 def main(argv: list[str]) -> int:
@@ -29,10 +30,17 @@ def main(argv: list[str]) -> int:
             print(topic_help(word.removeprefix("--help.")))
             return 0
     words = ["--help" if word == "--help.all" else word for word in words]
-    from lightning_modules.training.messages import shorten
-    from lightning_modules.training.recipe import build_cli
-    from lightning_modules.training.run.launch import check_slurm, meet
-    from lightning_modules.training.verbs import run_verb
+    with importing():
+        import torch
+
+        from kernels import c_library
+
+        if not torch.cuda.is_available():
+            c_library.begin()
+        from lightning_modules.training.messages import shorten
+        from lightning_modules.training.recipe import build_cli
+        from lightning_modules.training.run.launch import check_slurm, meet
+        from lightning_modules.training.verbs import run_verb
 
     check_slurm()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -266,3 +266,37 @@ def test_tokens_of_another_clip_are_refused() -> None:
     q = torch.randn(1, 18, 2, 20)
     with pytest.raises(ValueError, match=r"18 tokens of head dim 20.*1 \+ 3\*6 tokens"):
         apply_st_rope(q, q, tables)
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+def test_what_was_begun_is_finished_and_not_built_twice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls, compiler, scratch = tmp_path / "calls", tmp_path / "cc", tmp_path / "scratch"
+    scratch.mkdir()
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexec gcc "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.setattr(c_library, "_begun", {})
+    c_library.begin()
+    c_library.begin()
+    for source in ("rotation.c", "gated_norm.c"):
+        library, how = c_library.load.__wrapped__(source)
+        assert library is not None and how == f"built by {compiler}"
+    compiled = [line for line in calls.read_text().splitlines() if " -c " in f" {line} "]
+    assert len(compiled) == 2
+    assert not list(scratch.iterdir()), "the build left something behind"
+
+
+def test_what_cannot_begin_is_told_when_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(c_library, "_begun", {})
+    monkeypatch.setenv("CC", "no-such-compiler")
+    c_library.begin()
+    assert not caplog.text
+    assert c_library.load.__wrapped__("rotation.c")[0] is None
+    assert "no-such-compiler" in caplog.text
+    assert not list(tmp_path.iterdir())

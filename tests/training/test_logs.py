@@ -104,3 +104,14 @@ def test_tensorboards_log_leaves_off_and_comes_back(disk, caplog, monkeypatch, c
     events.Reload()
     found = [event.step for event in events.Scalars("loss")]
     assert found[0] == 0 and found[-1] == 401
+
+
+def test_tensorboard_begins_with_its_first_point(tmp_path):
+    """Lightning saves its loggers before the first step: nothing is there yet to be saved."""
+    logger = TolerantTensorBoardLogger(str(tmp_path / "run"), name="", version="logs")
+    logger.save()
+    assert not (tmp_path / "run").exists()
+    logger.log_metrics({"loss": 0.5}, 3)
+    logger.save()
+    points = EventAccumulator(logger.log_dir).Reload().Scalars("loss")
+    assert [(point.step, point.value) for point in points] == [(3, 0.5)]

@@ -35,8 +35,13 @@ class TolerantTensorBoardLogger(TensorBoardLogger):
         """The resolved recipe is saved elsewhere."""
 
     def save(self) -> None:
-        """Flush, if the disk lets it through."""
-        self._try(super().save)
+        """Flush, if there is anything and the disk lets it through.
+
+        Lightning's own also looks whether hyperparameters could be kept, for which it imports
+        s3fs, half a second; and it does so at the start, before there is a point to flush.
+        """
+        if self._experiment is not None:
+            self._try(self.experiment.flush)
 
     def finalize(self, status: str) -> None:
         """Flush and close, if the disk lets it through."""
