@@ -89,6 +89,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "lightning_modules.checkpoints",
         "lightning_modules.packaged",
         "lightning_modules.pages",
+        "lightning_modules.training.closing",
     ),
     "lightning_modules.planning": (
         "datamodules.stream",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_modules.cli.parser import CommandParser
+from lightning_modules.training.closing import close
 
 if TYPE_CHECKING:
     from lightning_modules.evaluation.audit import Audit
@@ -75,6 +76,8 @@ def main(argv: list[str]) -> int:
     if options.json is not None:
         content: dict[str, Any] = {**dataclasses.asdict(found), "warnings": found.warnings}
         write_atomically(options.json, json.dumps(content, indent=1) + "\n")
+    words = ("--annotations", options.annotations, "--similarity", options.similarity or "FILE.npy")
+    close("score", *words, "--submission", "FILE.zip", wrote=(options.json,))
     return _FOUND if found.warnings else 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from lightning_modules.cli.model_options import add_model_options, reading
 from lightning_modules.cli.parser import CommandParser
 from lightning_modules.cli.startup import importing
+from lightning_modules.training.closing import close
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,6 +69,7 @@ def main(argv: list[str]) -> int:
         card = model_card(options.push, loaded, options.licence, options.results)
         commit = push_model(options.push, options.output, card, private=options.private)
         print(f"pushed to {commit}")
+    close("search", "--checkpoint", options.output, "--videos", "DIR", "--serve")
     return 0
 
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from lightning_modules.cli.startup import importing
+from lightning_modules.training.closing import close
 
 
 def main(argv: list[str]) -> int:
@@ -46,5 +47,9 @@ def main(argv: list[str]) -> int:
         return failed.code
     gain = metrics["fine_tuned"]["map"]["avg"] / metrics["random"]["map"]["avg"]
     print(f"\nfine-tuned mAP {metrics['fine_tuned']['map']['avg']:.1f} % ({gain:.1f} x random)")
-    print(f"report: {args.out / 'report.html'}")
+    model = args.out / "fine_tune" / "checkpoints"
+    close(
+        *("search", "--checkpoint", model, "--videos", args.out / "world" / "videos", "--serve"),
+        wrote=(args.out / "report.html", args.out / "metrics.json"),
+    )
     return 0

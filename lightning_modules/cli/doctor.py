@@ -8,6 +8,7 @@ from pathlib import Path
 
 from datamodules.files import write_atomically
 from lightning_modules.cli.parser import CommandParser
+from lightning_modules.training.closing import close
 
 
 def main(argv: list[str]) -> int:
@@ -55,4 +56,7 @@ def main(argv: list[str]) -> int:
     if args.json:
         content = as_json(findings, cluster)
         write_atomically(args.json, json.dumps(content, indent=2) + "\n")
+    told = "" if args.json else "FILE.json: of --json"
+    words = ("--config", "RECIPE", "--doctor", args.json or "FILE.json")
+    close("plan", *words, wrote=(args.json,), told=told)
     return verdict(findings)

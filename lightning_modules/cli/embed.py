@@ -15,6 +15,7 @@ from lightning_modules.cli.video_options import (
     report_passed_over,
     report_unreadable,
 )
+from lightning_modules.training.closing import close
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,6 +86,7 @@ def main(argv: list[str]) -> int:
     report_passed_over(options.videos)
     report_unreadable(written.unreadable)
     print(written.told)
+    close("search", "--checkpoint", options.checkpoint, "--videos", "DIR", "sentence")
     return 0
 
 
@@ -104,6 +106,7 @@ def _embed_texts(options: argparse.Namespace) -> int:
     embedder = Embedder(loaded, embed_options(options))
     how = (options.per_token, options.template)
     print(write_text_features(embedder, queries, options.output, *how))
+    close("embed", "--checkpoint", options.checkpoint, "--videos", "PATH", "--output", "FILE.pt")
     return 0
 
 

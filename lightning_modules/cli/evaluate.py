@@ -8,6 +8,7 @@ import sys
 from lightning_modules.cli.evaluate_options import evaluate_parser
 from lightning_modules.cli.model_options import reading
 from lightning_modules.cli.startup import importing
+from lightning_modules.training.closing import close
 from lightning_modules.zoo import checkpoint_of, find_entry
 
 
@@ -69,6 +70,14 @@ def main(argv: list[str]) -> int:
         print(f"{options.checkpoint}: {loaded.report.summary()}", file=sys.stderr)
         print(done.headline, file=sys.stderr)
         print(result)
+        files = (options.json, options.prediction, options.submission)
+        if options.benchmark == "ek100_mir":
+            matrix = options.prediction or "FILE.npy"
+            told = "" if options.prediction else "FILE.npy: of --prediction"
+            words = ("--annotations", options.annotations, "--similarity", matrix)
+            close("audit", *words, wrote=files, told=told)
+        else:
+            close("sweep", "--help", wrote=files, told="many checkpoints, one table")
     return 0
 
 

@@ -14,6 +14,7 @@ from lightning_modules.packaged import with_recipe_paths
 from lightning_modules.planning.costs import ClusterConfig
 from lightning_modules.planning.plan import describe, make_plan
 from lightning_modules.planning.store import StoreConfig
+from lightning_modules.training.closing import close
 from lightning_modules.training.recipe import build_cli
 
 # the recipe is only read: nothing of this machine may matter
@@ -75,6 +76,7 @@ def main(argv: list[str]) -> int:
     print(describe(plan))
     if given.json:
         write_atomically(Path(given.json), json.dumps(plan, indent=2) + "\n")
+    close("submit", *configs, "--nodes", "N", "--dry-run", wrote=(given.json,))
     return 0
 
 

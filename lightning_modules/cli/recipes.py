@@ -8,6 +8,7 @@ from pathlib import Path
 from datamodules.files import write_atomically
 from lightning_modules.cli.parser import CommandParser
 from lightning_modules.packaged import find_recipe, folder, recipe_names, script_names
+from lightning_modules.training.closing import close
 
 
 def main(argv: list[str]) -> int:
@@ -29,12 +30,17 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.action is None:
         print(_listing())
+        close("recipes", "copy", "NAME")
     elif options.name is None:
         raise ValueError(f"{options.action} needs a name; `eva02-at recipes` lists them")
     elif options.action == "show":
         print(_find(options.name).read_text(), end="")
+        close("recipes", "copy", options.name)
     else:
-        print(f"copied to {_copy(_find(options.name), options.to or Path())}")
+        copy = _copy(_find(options.name), options.to or Path())
+        fit = ("fit", "--config", copy, "--data_dir=DIR", "--run_dir=DIR")
+        script = copy.suffix != ".yaml"
+        close(*("submit", "--help") if script else fit, wrote=(copy,))
     return 0
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lightning_modules.cli.parser import CommandParser
+from lightning_modules.training.closing import close
 
 
 def main(argv: list[str]) -> int:
@@ -32,6 +33,10 @@ def main(argv: list[str]) -> int:
         print(json.dumps([{**asdict(run), "path": str(run.path)} for run in runs], indent=1))
     else:
         print(as_table(runs, options.folder))
+    stopped = next((run.path for run in runs if run.state == "stopped"), None)
+    run_dir = stopped or runs[0].path
+    verb, told = ("fit", "goes on") if stopped else ("test", "its newest checkpoint")
+    close(verb, "--config", run_dir / "config.yaml", f"--run_dir={run_dir}", told=told)
     return 0
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lightning_modules.cli.parser import CommandParser, add_max_missing
+from lightning_modules.training.closing import close
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,6 +110,9 @@ def main(argv: list[str]) -> int:
         print(done.coverage, file=sys.stderr)
     if options.json is not None:
         write_atomically(options.json, text + "\n")
+    words = ("--annotations", options.annotations, "--split", options.split)
+    matrix = ("--similarity", *options.similarity[:1])
+    close("audit", *words, *matrix, wrote=(options.json, options.submission))
     return 0
 
 

@@ -19,6 +19,7 @@ from lightning_modules.cli.video_options import (
     report_passed_over,
     report_unreadable,
 )
+from lightning_modules.training.closing import close
 
 if TYPE_CHECKING:
     from lightning_modules.inference.search import FolderSearch
@@ -95,6 +96,8 @@ def main(argv: list[str]) -> int:
         return 0
     for folder in folders:
         _answer(folder, options)
+    models = (word for path in options.checkpoint for word in ("--checkpoint", path))
+    close("search", "--videos", options.videos, *models, "--serve", told="a page to type into")
     return 0
 
 

@@ -20,6 +20,7 @@ from datamodules.shards.rejects import MAX_REJECTS
 from datamodules.video.decode import DECODERS
 from datamodules.video.encode import RECIPES, EncodeOptions
 from datamodules.video.frames import Limits
+from lightning_modules.training.closing import close
 
 
 def add_build(parser: argparse.ArgumentParser) -> None:
@@ -109,18 +110,18 @@ def build(args: argparse.Namespace) -> int:
     """Build shards, index tars, or estimate a build."""
     limits = Limits(args.max_pixels, args.max_frames)
     if args.index_only:
-        print(
-            index_tars(
-                args.output,
-                num_workers=args.workers,
-                progress=True,
-                max_rejects=args.max_rejects,
-                decoder=args.decoder,
-                limits=limits,
-                timeout_s=args.decode_timeout,
-                reencode=_encode_options(args) if args.reencode else None,
-            )
+        indexed = index_tars(
+            args.output,
+            num_workers=args.workers,
+            progress=True,
+            max_rejects=args.max_rejects,
+            decoder=args.decoder,
+            limits=limits,
+            timeout_s=args.decode_timeout,
+            reencode=_encode_options(args) if args.reencode else None,
         )
+        print(indexed)
+        _close(args)
         return 0
     missing = [f"--{n}" for n in ("annotations", "format", "videos") if getattr(args, n) is None]
     if missing:
@@ -138,20 +139,29 @@ def build(args: argparse.Namespace) -> int:
     }
     if args.dry_run:
         print(estimate_build(BuildPlan(clips, **built)))
+        close(told="the same command without --dry-run")
         return 0
-    print(
-        build_shards(
-            clips,
-            **built,
-            source={
-                "annotations": annotations.name,
-                "format": args.format,
-                "annotations_sha256": hashlib.sha256(annotations.read_bytes()).hexdigest(),
-            },
-            num_workers=args.workers,
-            part=parse_part(args.part),
-            progress=True,
-            max_rejects=args.max_rejects,
-        )
+    report = build_shards(
+        clips,
+        **built,
+        source={
+            "annotations": annotations.name,
+            "format": args.format,
+            "annotations_sha256": hashlib.sha256(annotations.read_bytes()).hexdigest(),
+        },
+        num_workers=args.workers,
+        part=parse_part(args.part),
+        progress=True,
+        max_rejects=args.max_rejects,
     )
+    print(report)
+    if report.manifest is None:
+        close(told="the other parts; the last one writes the manifest")
+    else:
+        _close(args)
     return 0
+
+
+def _close(args: argparse.Namespace) -> None:
+    page = Path(args.output) / "shards.html"
+    close("shards", "browse", args.output, "--html", page, told="look before you train")

@@ -11,6 +11,7 @@ from datamodules.manifest import Manifest
 from datamodules.shards.describe import describe, render
 from datamodules.shards.verify import repair, verify
 from lightning_modules.pages.shards import browse_shards
+from lightning_modules.training.closing import close
 
 
 def verify_shards(args: argparse.Namespace) -> int:
@@ -23,11 +24,14 @@ def verify_shards(args: argparse.Namespace) -> int:
         print(fault)
     print(f"{manifest.num_samples} samples in {len(manifest.shards)} shards; {len(faults)} faults")
     if not faults:
+        close("shards", "info", args.manifest)
         return 0
     if not args.repair:
+        close("shards", "verify", args.manifest, "--repair", "FILE", told="leaves them out")
         return 1
     mended = repair(manifest, faults, args.repair)
     print(f"{args.repair}: {mended.num_samples} samples in {len(mended.shards)} shards")
+    close("shards", "verify", args.repair, wrote=(args.repair,))
     return 0
 
 
@@ -37,6 +41,7 @@ def info(args: argparse.Namespace) -> int:
     if args.json:
         write_atomically(Path(args.json), json.dumps(summary, indent=1) + "\n")
     print(render(summary))
+    close("shards", "browse", args.manifest, "--html", "FILE.html", wrote=(args.json,))
     return 0
 
 
@@ -64,7 +69,7 @@ def browse(args: argparse.Namespace) -> int:
         raise ValueError(f"--samples {args.samples}; at least 1")
     manifest = Manifest.load(args.manifest)
     write_atomically(Path(args.html), browse_shards(manifest, args.samples, args.workers))
-    print(f"page in {args.html}")
+    close(told=f"open {args.html} in a browser", wrote=(args.html,))
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lightning_modules.cli.startup import importing
 from lightning_modules.packaged import folder
+from lightning_modules.training.closing import close
 
 
 def _parser() -> ArgumentParser:
@@ -74,6 +75,9 @@ def main(argv: list[str]) -> int:
     print(shlex.join(command))
     if given.dry_run:
         print(f"\n# {given.script}\n{Path(given.script).read_text()}", end="")
+        close(told="the same command without --dry-run")
         return 0
     print(job.queue(given, cli, command))
+    run_dir = Path(cli.config.run_dir)
+    close("runs", run_dir, told=f"its log is {run_dir}/slurm-JOB.out")
     return 0

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from lightning_modules.cli.parser import CommandParser
+from lightning_modules.training.closing import close
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,9 +65,12 @@ def main(argv: list[str]) -> int:
     for path, weight, before in zip(options.similarity, tuned.weights, tuned.before, strict=True):
         print(f"{before:7.2f}  weight {weight:<6g} {path}")
     print(f"{tuned.value:7.2f}  together, dual softmax: {tuned.dual_softmax or 'none'}")
-    print(
-        f"{tuned.objective} on {tuned.num_clips:,} clips of {tuned.split}. Next: eva02-at score "
-        f"--similarity TEST.npy ... --tuned {options.output}, matrices in the same order"
+    print(f"{tuned.objective} on {tuned.num_clips:,} clips of {tuned.split}")
+    matrices = ("--similarity", *(f"TEST{k}.npy" for k in range(1, len(options.similarity) + 1)))
+    close(
+        *("score", "--annotations", options.annotations, *matrices, "--tuned", options.output),
+        wrote=(options.output,),
+        told="the same models' matrices of the test, in the same order",
     )
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from lightning_modules.cli.parser import CommandParser
+from lightning_modules.training.closing import close
 from lightning_modules.zoo import ZooEntry, find_entry, zoo
 
 _READ = {"yes": "read", "start": "to start from", "no": "not read"}
@@ -23,11 +24,14 @@ def main(argv: list[str]) -> int:
     if options.markdown:
         print(markdown(), end="")
     elif options.name:
-        print(_shown(find_entry(options.name)))
+        entry = find_entry(options.name)
+        print(_shown(entry))
+        close("evaluate", "--zoo", entry.name, "--help")
     else:
         for entry in zoo().values():
             print(f"{entry.name:<26}{_READ[entry.read]:<15}{entry.by:<22}{entry.figures}")
         print("\nFigures are their publishers'; none has been checked here.")
+        close("zoo", "NAME")
     return 0
 
 

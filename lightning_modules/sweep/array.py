@@ -14,6 +14,7 @@ from lightning_modules.sweep.page import sweep_page
 from lightning_modules.sweep.plan import Plan
 from lightning_modules.sweep.slurm import SlurmOptions, submit
 from lightning_modules.sweep.table import csv_text, markdown, read_table
+from lightning_modules.training.closing import close
 
 
 def write_table(files: SweepFiles, plan: Plan) -> bool:
@@ -30,7 +31,10 @@ def write_table(files: SweepFiles, plan: Plan) -> bool:
     write_atomically(files.directory / "table.csv", csv_text(table))
     page = sweep_page(table, f"Sweep {files.directory.name}")
     write_atomically(files.directory / "table.html", page)
-    print(f"\n{text}\ntable in {files.directory}/table.md, .csv and .html")
+    print(f"\n{text}")
+    tables = [files.directory / f"table.{kind}" for kind in ("md", "csv", "html")]
+    retry = "; what has no figures is tried again by --retry-failed" if table.problems else ""
+    close(told=f"open {tables[-1]} in a browser{retry}", wrote=tables)
     return not table.problems
 
 

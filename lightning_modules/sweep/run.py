@@ -12,6 +12,7 @@ from lightning_modules.sweep.cells import CellFailed, SweepFiles, convert_once, 
 from lightning_modules.sweep.discovery import find_checkpoints, plan_cells
 from lightning_modules.sweep.plan import Cell, Plan
 from lightning_modules.sweep.slurm import SlurmOptions, submit
+from lightning_modules.training.closing import close
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Sweep:
             jobs = submit(self.files, waiting, self.slurm)
             table = self.files.directory / "table.md"
             print(f"submitted {', '.join(jobs)}; the last writes {table}")
+            close("sweep", "table", self.files.directory, told="what is there so far")
             return True
         for _ in range(self.slurm.rounds):
             self._run_here(plan, waiting)

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.files import write_atomically, write_whole
 from datamodules.stream.faults import TooManyDamagedSamples
+from lightning_modules.training.closing import close
 from lightning_modules.training.inputs import check_inputs
 from lightning_modules.training.monitor.health import NotFiniteError
 from lightning_modules.training.recipe import RecipeCLI
@@ -56,7 +57,7 @@ def _save_predictions(
     write_atomically(path.with_suffix(".json"), json.dumps(stated, indent=2) + "\n")
     for part in parts:
         part.unlink()
-    print(f"{kind} in {path}")
+    close("search", "--checkpoint", run_dir, "--videos", "DIR", "--serve", wrote=(path,))
 
 
 def _save_figures(
@@ -84,7 +85,11 @@ def _save_figures(
     defined = {key: value if math.isfinite(value) else None for key, value in figures.items()}
     path = result_path(path, path, stated)
     write_atomically(path, json.dumps({**defined, **stated}, indent=2) + "\n")
-    print(f"metrics in {path}")
+    run = path.parent
+    if stage == "val":
+        close("test", "--config", run / "config.yaml", f"--run_dir={run}", wrote=(path,))
+    else:
+        close("convert", "--input", run, "--output", run / "model.safetensors", wrote=(path,))
     return path
 
 

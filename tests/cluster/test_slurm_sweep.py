@@ -1,13 +1,10 @@
 """`eva02-at sweep --slurm` on a real two-node cluster: a job killed, a checkpoint damaged."""
 
 import csv
-import sys
 import time
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "sweep"))
 from sweep_runs import results, write_checkpoint, write_program
 
 from lightning_modules.cli.main import main

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "sweep"))
 from sweep_runs import results, write_checkpoint, write_program
 
 ROOT = Path(__file__).parents[2]

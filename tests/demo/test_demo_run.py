@@ -19,10 +19,12 @@ FASTEST = (
 )
 
 
-def test_the_demo_runs_from_videos_to_report(tmp_path: Path) -> None:
+def test_the_demo_runs_from_videos_to_report(tmp_path: Path, capsys) -> None:
     out = tmp_path / "demo"
     words = ["demo", f"--out={out}", "--seed=5", "--clips", "24", "24", "12", *FASTEST]
     assert main(words) == 0
+    wrote, following = capsys.readouterr().err.splitlines()[-2:]
+    assert str(out / "report.html") in wrote and "next: eva02-at search" in following
     metrics = json.loads((out / "metrics.json").read_text())
     for model in ("random", "zero_shot", "fine_tuned"):
         for metric in ("map", "ndcg"):

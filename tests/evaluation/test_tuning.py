@@ -84,7 +84,7 @@ def test_from_held_out_clips_to_the_test(folder: Path, tmp_path: Path, capsys) -
     words = ["--annotations", str(folder)]
     held = [str(path) for path in paths(folder, "train")]
     assert main(["tune", *words, "--similarity", *held, "--output", str(out)]) == 0
-    assert "Next: eva02-at score" in capsys.readouterr().out
+    assert "next: eva02-at score" in capsys.readouterr().err
     tuned = Tuned.load(out)
     assert tuned.dual_softmax is None
     test = [str(path) for path in paths(folder, "test")]

@@ -115,9 +115,10 @@ class RunProgress(Callback):
             except OSError as error:
                 log.warning("%s could not be written: %s", run / ENDED, error)
         self._say(
-            f"trained to step {trainer.global_step:,}, epoch {trainer.current_epoch}. "
-            f"Curves: {run / 'logs' / 'metrics.csv'}. "
-            f"Next: eva02-at test --config {run / 'config.yaml'} --run_dir={run}"
+            f"trained to step {trainer.global_step:,}, epoch {trainer.current_epoch}"
+            f"{_figure(trainer)}\nwrote {run / 'checkpoints'}, {run / 'logs' / 'metrics.csv'}\n"
+            f"next: {_following(trainer, run)} (to train on: the same `fit` with a larger "
+            "--trainer.max_epochs or max_steps)"
         )
 
     def on_exception(
@@ -141,6 +142,21 @@ class RunProgress(Callback):
             text = text[: shutil.get_terminal_size().columns - 1]
         self._stream.write(clear + text + ("\n" if lasting else ""))
         self._stream.flush()
+
+
+def _figure(trainer: Trainer) -> str:
+    """The figure that matters: of the last validation, else of the last step that was logged."""
+    found = trainer.callback_metrics
+    keys = ["val/map_avg", *sorted(key for key in found if key.startswith("val/")), "train/loss"]
+    return next((f": {key} {float(found[key]):.4g}" for key in keys if key in found), "")
+
+
+def _following(trainer: Trainer, run: Path) -> str:
+    """The command for what a run has become; one without data to test on is used as it is."""
+    split = getattr(trainer.datamodule, "eval_split", None)  # type: ignore[attr-defined]
+    if split is not None and split("test") is None:
+        return f"eva02-at convert --input {run} --output {run / 'model.safetensors'}"
+    return f"eva02-at test --config {run / 'config.yaml'} --run_dir={run}"
 
 
 def _num_elements(parameter: Any) -> int:
