@@ -134,6 +134,11 @@ class DualEncoderModule(TrainedModule):
         self.model = DualEncoder(model.resolve())
         self.loss = loss
 
+    def configure_optimizers(self) -> Any:
+        """As any model's, with what the loss itself learns."""
+        scalars = list(self.loss.parameters())
+        return configure_optimizers(self, self.model, self.optimizer_config, scalars)
+
     def benchmark(self, split: RetrievalSplit, records: Sequence[ClipRecord]) -> Benchmark:
         """Multi-instance retrieval, in both directions."""
         return retrieval_benchmark(split, records)

@@ -8,6 +8,7 @@ from lightning_modules.losses.margin import (
     MaxMarginLoss,
     SymmetricMultiSimilarityLoss,
 )
+from lightning_modules.losses.sigmoid import SigLIPLoss
 
 __all__ = [
     "AdaptiveMaxMarginLoss",
@@ -15,6 +16,7 @@ __all__ = [
     "HardLabelMultiSimilarityLoss",
     "InfoNCELoss",
     "MaxMarginLoss",
+    "SigLIPLoss",
     "SymmetricMultiSimilarityLoss",
     "gather_ids",
     "gather_no_gradient",

@@ -9,7 +9,7 @@ temporaries stay in the cache. Values and gradients are those of the whole matri
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,24 +57,7 @@ class _BlockwiseSum(torch.autograd.Function):
         *vectors: Tensor,
     ) -> Tensor:
         gradients = [torch.zeros_like(tensor) for tensor in (rows, columns, *vectors)]
-        total = rows.new_zeros((), dtype=torch.float64)
-        elements = _BLOCK_ELEMENTS.get(rows.device.type, _BLOCK_ELEMENTS_ELSEWHERE)
-        block = max(1, elements // max(1, len(columns)))
-        with torch.autocast(rows.device.type, enabled=False):
-            for start in range(0, len(rows), block):
-                part = rows[start : start + block]
-                leaves = [tensor.detach() for tensor in (part @ columns.T, *vectors)]
-                with torch.set_grad_enabled(with_gradient):
-                    for leaf in leaves:
-                        leaf.requires_grad_(with_gradient)
-                    loss = block_loss(leaves[0], start, *leaves[1:])
-                total += loss.detach()
-                if with_gradient:
-                    on_similarity, *on_vectors = torch.autograd.grad(loss, leaves)
-                    torch.mm(on_similarity, columns, out=gradients[0][start : start + block])
-                    gradients[1].addmm_(on_similarity.T, part)
-                    for gradient, share in zip(gradients[2:], on_vectors, strict=True):
-                        gradient += share
+        total = add_blocks(block_loss, rows, columns, vectors, gradients if with_gradient else None)
         ctx.save_for_backward(*gradients)
         return total.to(rows.dtype)
 
@@ -101,3 +84,37 @@ def checked_pairs(video: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         )
     dtype = torch.promote_types(torch.promote_types(video.dtype, text.dtype), torch.float32)
     return video.to(dtype), text.to(dtype)
+
+
+def add_blocks(
+    block_loss: BlockLoss,
+    rows: Tensor,
+    columns: Tensor,
+    vectors: Sequence[Tensor],
+    gradients: Sequence[Tensor] | None,
+) -> Tensor:
+    """The sum over blocks, float64, and its gradients added to `gradients`.
+
+    Args:
+        block_loss: As in `blockwise_sum`, as are `rows`, `columns` and `vectors`.
+        gradients: Of rows, columns and vectors, in their shapes; None computes none.
+    """
+    total = rows.new_zeros((), dtype=torch.float64)
+    elements = _BLOCK_ELEMENTS.get(rows.device.type, _BLOCK_ELEMENTS_ELSEWHERE)
+    block = max(1, elements // max(1, len(columns)))
+    with torch.autocast(rows.device.type, enabled=False):
+        for start in range(0, len(rows), block):
+            part = rows[start : start + block]
+            leaves = [tensor.detach() for tensor in (part @ columns.T, *vectors)]
+            with torch.set_grad_enabled(gradients is not None):
+                for leaf in leaves:
+                    leaf.requires_grad_(gradients is not None)
+                loss = block_loss(leaves[0], start, *leaves[1:])
+            total += loss.detach()
+            if gradients is not None:
+                on_similarity, *on_vectors = torch.autograd.grad(loss, leaves)
+                gradients[0][start : start + block].addmm_(on_similarity, columns)
+                gradients[1].addmm_(on_similarity.T, part)
+                for gradient, share in zip(gradients[2:], on_vectors, strict=True):
+                    gradient += share
+    return total

@@ -2,12 +2,15 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import time
 
 import pytest
 
+from lightning_modules.checkpoints.conversion import load_model
+from lightning_modules.checkpoints.source import find_checkpoint
 from lightning_modules.training.recipe import build_cli
 
 
@@ -63,6 +66,40 @@ def test_a_recipe_that_is_stopped_goes_on_exactly(zygote, tmp_path, recipe, stra
     assert all(float(row["speed/clips_per_s"]) > 0 for row in speeds)
     assert all(0 <= float(row["speed/data_wait"]) <= 1 for row in speeds)
     assert float(speeds[-1]["speed/lr"]) < float(speeds[5]["speed/lr"])  # the cosine falls
+
+
+def learnt(folder):
+    """What SigLIP's loss has learnt by the newest checkpoint; the model that is read lacks it."""
+    state = find_checkpoint(folder).read_module()
+    assert not [key for key in load_model(folder).model.state_dict() if key == "bias"]
+    return state["loss.log_scale"].item(), state["loss.bias"].item()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_a_loss_that_learns_goes_on_where_it_was(zygote, tmp_path, recipe, strategy):
+    """A stop after the first checkpoint, and SigLIP's t and b end where they would have."""
+    siglip = "--model.loss=lightning_modules.losses.SigLIPLoss"
+    exact = [siglip, "--trainer.precision=32-true", "--trainer.max_epochs=2"]
+    exact += ["--model.optimizer.schedule=constant"]  # the cosine ends where the first part does
+    whole = zygote.start(
+        tmp_path / "whole.txt", world=2, argv=[*words(recipe, tmp_path / "whole", strategy), *exact]
+    )
+    assert whole.wait() == [0, 0], whole.text()
+    expected = learnt(tmp_path / "whole")
+    assert expected[0] != pytest.approx(math.log(10), abs=1e-4)
+    assert expected[1] != pytest.approx(-10, abs=1e-4)
+
+    argv = [*words(recipe, tmp_path / "parts", strategy), *exact]
+    first = zygote.start(tmp_path / "parts.txt", world=2, argv=[*argv, "--trainer.max_steps=4"])
+    assert first.wait() == [0, 0], first.text()
+    halfway = learnt(tmp_path / "parts")
+    assert halfway != expected
+    second = zygote.start(tmp_path / "parts.txt", world=2, argv=argv)
+    assert second.wait() == [0, 0], second.text()
+    assert learnt(tmp_path / "parts") == expected
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 @pytest.mark.distributed

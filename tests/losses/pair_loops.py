@@ -68,6 +68,16 @@ def info_nce(video, text, temperature=0.05):
     return sum(terms) / len(terms)
 
 
+def siglip(video, text, log_scale, bias):
+    """-1/B sum_ij log sigmoid(z_ij (t x_i . y_j + b))."""
+    total = 0
+    for i in range(len(video)):
+        for j in range(len(text)):
+            logit = log_scale.exp() * (video[i] @ text[j]) + bias
+            total -= (1 / (1 + (-logit if i == j else logit).exp())).log()
+    return total.squeeze() / len(video)
+
+
 def ego_nce(video, text, verb_sets: list[set], noun_sets: list[set], temperature=0.05):
     terms = []
     for S, _ in directed(video, text, None):

@@ -16,6 +16,7 @@ from lightning_modules.losses import (
     EgoNCELoss,
     InfoNCELoss,
     MaxMarginLoss,
+    SigLIPLoss,
     SymmetricMultiSimilarityLoss,
     gather,
     gather_ids,
@@ -81,10 +82,30 @@ def step(name: str, model: nn.Module, rows: slice, size: int, even: bool = False
 def all_losses_of_a_rank(rank: int, sizes: list[int], even: bool):
     start = sum(sizes[:rank])
     rows = slice(start, start + sizes[rank])
-    return {
+    found = {
         name: step(name, DistributedDataParallel(Encoder()), rows, sum(sizes), even)
         for name in LOSSES
     }
+    return found | {"siglip": siglip_step(DistributedDataParallel(LearntLoss()), rows, even)}
+
+
+class LearntLoss(nn.Module):
+    """An encoder and a loss that learns, in one, so that both are averaged over ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.loss = Encoder(), SigLIPLoss(temperature=0.25, bias=-1.5).double()
+
+    def forward(self, clips, tokens, even):
+        video, text, scale = self.encoder(clips, tokens)
+        return self.loss(video, text, even=even) + 0 * scale.sum()
+
+
+def siglip_step(model: nn.Module, rows: slice, even: bool = False):
+    clips, tokens, *_ = global_batch(8)
+    loss = model(clips[rows], tokens[rows], even)
+    loss.backward()
+    return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]
 
 
 def losses_by_the_old_names(rank: int, sizes: list[int], even: bool):
@@ -112,8 +133,12 @@ def test_the_collectives_of_older_torch():
 def test_ranks_equal_one_process(sizes, even):
     ranks = run_ranks(len(sizes), all_losses_of_a_rank, sizes, even)
     total = sum(sizes)
-    for name in LOSSES:
-        loss, gradients = step(name, Encoder(), slice(0, total), total)
+    for name in [*LOSSES, "siglip"]:
+        if name == "siglip":
+            loss, gradients = siglip_step(LearntLoss(), slice(0, total))
+            assert gradients[-1].abs() > 1e-3  # of the bias
+        else:
+            loss, gradients = step(name, Encoder(), slice(0, total), total)
         assert gradients[1].abs().max() > 1e-3, name  # of the video tower
         for rank_result in ranks:
             rank_loss, rank_gradients = rank_result[name]

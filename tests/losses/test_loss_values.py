@@ -1,5 +1,7 @@
 """Each loss against the slow loop of its equation: values and gradients, odd sizes and blocks."""
 
+import math
+
 import pair_loops
 import pytest
 import torch
@@ -13,6 +15,7 @@ from lightning_modules.losses import (
     HardLabelMultiSimilarityLoss,
     InfoNCELoss,
     MaxMarginLoss,
+    SigLIPLoss,
     SymmetricMultiSimilarityLoss,
     blockwise,
 )
@@ -108,6 +111,7 @@ def test_the_band_is_open_at_its_ends(sign):
         AdaptiveMaxMarginLoss,
         SymmetricMultiSimilarityLoss,
         HardLabelMultiSimilarityLoss,
+        SigLIPLoss,
     ],
 )
 def test_losses_look_over_all_ranks_unless_told_not_to(kind):
@@ -167,6 +171,30 @@ def test_info_nce_with_a_learnable_scale(scale_shape):
     fast = InfoNCELoss(temperature=None)(video, text, logit_scale=scale)
     # the scale enters in fp32, as models hold it: 1e-7 of it
     assert_same(fast, slow, (video, text, scale), rtol=1e-6)
+
+
+@pytest.mark.parametrize("block_elements", [1, 40, 2**20])
+@pytest.mark.parametrize("batch", [1, 3, 13])
+def test_siglip_follows_its_equation(batch, block_elements, monkeypatch):
+    monkeypatch.setitem(blockwise._BLOCK_ELEMENTS, "cpu", block_elements)
+    video, text = pairs(batch)
+    loss = SigLIPLoss(temperature=0.25, bias=-1.5).double()
+    inputs = (video, text, loss.log_scale, loss.bias)
+    slow = pair_loops.siglip(video, text, loss.log_scale, loss.bias)
+    # the learnt scalars were rounded to fp32 before they became fp64 here: not a difference
+    assert_same(loss(video, text), slow, inputs)
+
+
+def test_siglip_starts_where_its_paper_does():
+    loss = SigLIPLoss()
+    assert loss.log_scale.item() == pytest.approx(math.log(10)) and loss.bias.item() == -10
+
+
+def test_siglip_of_pairs_far_on_either_side_is_finite():
+    """At t = 1000 a probability of e^-1000 is nothing in any float; its logarithm is -1000."""
+    video = torch.eye(2)
+    loss = SigLIPLoss(temperature=1e-3, bias=0.0)(video, -video)
+    assert loss.item() == pytest.approx(1000 + math.log(2), rel=1e-6)  # and one zero a row
 
 
 @pytest.mark.parametrize("block_elements", [1, 40, 2**20])
@@ -233,6 +261,8 @@ def test_a_frozen_tower_gets_no_gradient():
     ("call", "message"),
     [
         (lambda v, t: InfoNCELoss(temperature=0.0), "must be positive"),
+        (lambda v, t: SigLIPLoss(temperature=-0.1), "temperature -0.1 given; it must be positive"),
+        (lambda v, t: SigLIPLoss()(v[:3], t), r"video has shape \(3, 5\) and text \(5, 5\)"),
         (lambda v, t: InfoNCELoss(temperature=None)(v, t), "needs the model's logit_scale"),
         (lambda v, t: InfoNCELoss()(v, t[:4]), r"video has shape \(5, 5\) and text \(4, 5\)"),
         (lambda v, t: MaxMarginLoss()(v, t, torch.ones(5, 4)), r"relevance has shape \(5, 4\)"),

@@ -52,6 +52,19 @@ def test_biases_norms_positions_and_temperature_get_no_decay():
     }
 
 
+@pytest.mark.parametrize("one_each", [False, True])
+def test_what_a_loss_learns_has_the_full_rate_and_no_decay(one_each):
+    model, config = Towers(), OptimizerConfig(lr=0.8, layer_decay=0.5, weight_decay=0.1)
+    scalars = [nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))]
+    groups = parameter_groups(model, config, one_each=one_each, scalars=scalars)
+    sizes = [sum(any(p is s for s in scalars) for p in group["params"]) for group in groups]
+    held = [group for group, size in zip(groups, sizes, strict=True) if size]
+    assert sum(sizes) == 2 and {(g["weight_decay"], g["lr"]) for g in held} == {(0.0, 0.8)}
+    assert max(sizes) == (1 if one_each else 2)
+    without = parameter_groups(model, config, one_each=one_each)
+    assert sum(len(g["params"]) for g in groups) == sum(len(g["params"]) for g in without) + 2
+
+
 def test_layer_decay_scales_each_layer_down_from_the_top():
     model = Towers()
     groups = parameter_groups(model, OptimizerConfig(lr=0.8, layer_decay=0.5, weight_decay=0.1))

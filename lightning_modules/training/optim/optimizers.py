@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -62,7 +62,11 @@ class OptimizerConfig:
 
 
 def parameter_groups(
-    model: nn.Module, config: OptimizerConfig, *, one_each: bool = False
+    model: nn.Module,
+    config: OptimizerConfig,
+    *,
+    one_each: bool = False,
+    scalars: Sequence[nn.Parameter] = (),
 ) -> list[dict[str, Any]]:
     """Sort the trainable parameters into groups of equal weight decay and learning rate.
 
@@ -74,6 +78,7 @@ def parameter_groups(
         model: The bare model (a DualEncoder, say), whose methods are asked if it has them.
         config: The recipe.
         one_each: One group for each parameter, for optimisers that work per parameter under ZeRO.
+        scalars: Parameters beside the model's, a loss's own: the full rate, and no decay.
 
     Raises:
         ValueError: Nothing is trainable, or layer decay is asked of a model without `layer_id`.
@@ -90,6 +95,11 @@ def parameter_groups(
         key = name if one_each else (decay, scale)
         group = groups.setdefault(
             key, {"params": [], "weight_decay": decay, "lr": config.lr * scale}
+        )
+        group["params"].append(parameter)
+    for place, parameter in enumerate(scalars):
+        group = groups.setdefault(
+            place if one_each else (0.0, 1.0), {"params": [], "weight_decay": 0.0, "lr": config.lr}
         )
         group["params"].append(parameter)
     return list(groups.values())
@@ -114,6 +124,7 @@ def build_optimizers(
     steps_per_epoch: int,
     *,
     sharded: bool = False,
+    scalars: Sequence[nn.Parameter] = (),
 ) -> dict[str, Any]:
     """Build what `LightningModule.configure_optimizers` returns.
 
@@ -123,13 +134,14 @@ def build_optimizers(
         total_steps: Optimiser steps of the whole run.
         steps_per_epoch: Optimiser steps of one epoch, which turn `warmup_epochs` into steps.
         sharded: True under ZeRO, where each rank's optimiser holds slices of the parameters.
+        scalars: As in `parameter_groups`.
 
     Returns:
         `{"optimizer", "lr_scheduler"}`, the scheduler stepping once per optimiser step.
     """
     optimizer: Optimizer
     lamb = config.name == "lamb"
-    groups = parameter_groups(model, config, one_each=lamb and sharded)
+    groups = parameter_groups(model, config, one_each=lamb and sharded, scalars=scalars)
     options: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if lamb:
         optimizer = Lamb(groups, **options, sharded=sharded)
@@ -147,7 +159,10 @@ def build_optimizers(
 
 
 def configure_optimizers(
-    module: LightningModule, model: nn.Module, config: OptimizerConfig
+    module: LightningModule,
+    model: nn.Module,
+    config: OptimizerConfig,
+    scalars: Sequence[nn.Parameter] = (),
 ) -> dict[str, Any]:
     """`build_optimizers` for a module attached to a Trainer, the step counts taken from there.
 
@@ -163,7 +178,7 @@ def configure_optimizers(
         refuse_low_precision(model, config.lr)
     per_epoch = optimizer_steps_per_epoch(trainer)
     total = total_optimizer_steps(trainer, per_epoch)
-    return build_optimizers(model, config, total, per_epoch, sharded=sharded)
+    return build_optimizers(model, config, total, per_epoch, sharded=sharded, scalars=scalars)
 
 
 def refuse_low_precision(model: nn.Module, lr: float) -> None:
