@@ -21,7 +21,6 @@ from lightning_modules.evaluation.interface import Benchmark
 from lightning_modules.evaluation.predictors import DualEncoderPredictor, Predictor
 from lightning_modules.evaluation.splits import retrieval_benchmark
 from lightning_modules.models import DualEncoder, ModelConfig
-from lightning_modules.models.towers import Towers
 from lightning_modules.side_stream import SideStream
 from lightning_modules.training.optim.gradcache import encode_in_micro_batches
 from lightning_modules.training.optim.optimizers import OptimizerConfig, configure_optimizers
@@ -46,7 +45,7 @@ class TrainedModule(EvaluatedModule):
             checkpoint of its own.
     """
 
-    model: Towers
+    model: nn.Module
 
     def __init__(self, optimizer: OptimizerConfig, init_checkpoint: str | None) -> None:
         super().__init__()

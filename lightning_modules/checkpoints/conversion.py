@@ -19,6 +19,7 @@ from lightning_modules.checkpoints.layouts import translate
 from lightning_modules.checkpoints.model_config import (
     config_to_json,
     describes_classifier,
+    describes_reranker,
     for_inference,
     guess_config,
     read_config,
@@ -116,6 +117,11 @@ def load_trained(
         ValueError: it is incomplete, unsafe to read, or does not fit the architecture.
     """
     source = find_checkpoint(path)
+    if describes_reranker(source.config):
+        raise ValueError(
+            f"{source.path} is a re-ranker, which is no model by itself: give its dual encoder as "
+            "the checkpoint, and this with `evaluate --rerank`"
+        )
     tensors = source.read(average=average)
     tensors = _without_time_attention(tensors, drop_time_attention, source.path)
     described = Path(config) if config is not None else source.config

@@ -22,6 +22,7 @@ from lightning_modules.models import (
     TextConfig,
     VisionConfig,
 )
+from lightning_modules.models.rerank import RerankConfig
 
 FORMAT = "eva02-at model"
 _QUICK_GELU_NOTE = (
@@ -62,8 +63,29 @@ def describes_classifier(path: Path | None) -> bool:
         return False
     if path.suffix == ".json":
         return "num_classes" in json.loads(path.read_text())
-    kind = OmegaConf.select(OmegaConf.load(path), "model.class_path")
-    return kind == "lightning_modules.recognition.RecognitionModule"
+    return _module_class(path) == "lightning_modules.recognition.RecognitionModule"
+
+
+def describes_reranker(path: Path | None) -> bool:
+    """True for a recipe of a re-ranker, which is no model by itself."""
+    if path is None or path.suffix == ".json":
+        return False
+    return _module_class(path) == "lightning_modules.rerank.RerankModule"
+
+
+def read_rerank_config(path: Path) -> RerankConfig:
+    """The head in a recipe of a re-ranker.
+
+    Raises:
+        ValueError: A field is unknown or impossible.
+    """
+    section = OmegaConf.select(OmegaConf.load(path), "model.init_args.reranker")
+    values = {} if section is None else OmegaConf.to_container(section, resolve=True)
+    return _dataclass_of(RerankConfig, values, str(path))  # type: ignore[arg-type]
+
+
+def _module_class(path: Path) -> str | None:
+    return OmegaConf.select(OmegaConf.load(path), "model.class_path")
 
 
 def is_description(path: Path) -> bool:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from lightning_modules.cli.evaluate_options import evaluate_parser
 from lightning_modules.cli.model_options import reading
 from lightning_modules.cli.startup import importing
 from lightning_modules.training.closing import close
 from lightning_modules.zoo import checkpoint_of, find_entry
+
+if TYPE_CHECKING:
+    from lightning_modules.evaluation.rerank import RerankOptions
 
 
 def main(argv: list[str]) -> int:
@@ -29,15 +34,17 @@ def main(argv: list[str]) -> int:
         options.checkpoint = checkpoint_of(entry)
     with importing():
         from datamodules.stream.cache import FileCache
-        from lightning_modules.checkpoints.conversion import load_trained
+        from lightning_modules.checkpoints.conversion import LoadedModel, load_trained
+        from lightning_modules.checkpoints.rerank import load_reranker
         from lightning_modules.evaluation.processes import Machines
         from lightning_modules.evaluation.results import Outputs
         from lightning_modules.evaluation.run import EvalOptions, evaluate_here, open_benchmark
         from lightning_modules.training.run.devices import check_devices
         from lightning_modules.training.run.launch import check_slurm, meet
 
-    outputs = Outputs(options.json, options.prediction, options.submission)
+    outputs = Outputs(options.json, options.prediction, options.submission, options.rerank_scores)
     outputs.check(options.benchmark)
+    second = _second_look(options)
     check_devices(options.accelerator)
     machines = Machines(options.accelerator, options.devices, options.nodes, options.dtype)
     how = EvalOptions(
@@ -60,17 +67,23 @@ def main(argv: list[str]) -> int:
         allow_pipe=options.allow_pipe,
     )
     loaded = load_trained(options.checkpoint, **reading(options))
+    if second is not None:
+        if not isinstance(loaded, LoadedModel):
+            raise ValueError(f"--rerank is for dual encoders; {options.checkpoint} is a classifier")
+        how = replace(how, rerank=(load_reranker(options.rerank, loaded.model), second))
     if machines.num_processes > 1:
         check_slurm()
         meet()
     done = evaluate_here(loaded.model, benchmark, corpus, how, machines)
     if done is not None:
-        protocol = _protocol(options, loaded.config.vision.num_frames)
+        protocol = _protocol(options, loaded.config.vision.num_frames, second)
         result = outputs.write(done, protocol, options.checkpoint)
         print(f"{options.checkpoint}: {loaded.report.summary()}", file=sys.stderr)
+        if done.second_stage is not None:
+            print(done.second_stage, file=sys.stderr)
         print(done.headline, file=sys.stderr)
         print(result)
-        files = (options.json, options.prediction, options.submission)
+        files = (options.json, options.prediction, options.submission, options.rerank_scores)
         if options.benchmark == "ek100_mir":
             matrix = options.prediction or "FILE.npy"
             told = "" if options.prediction else "FILE.npy: of --prediction"
@@ -81,7 +94,32 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _protocol(options: argparse.Namespace, num_frames: int) -> str:
+def _second_look(options: argparse.Namespace) -> RerankOptions | None:
+    """How the re-ranker takes part, if there is one.
+
+    Raises:
+        ValueError: One option without the others.
+    """
+    from lightning_modules.evaluation.rerank import RerankOptions
+
+    given = {
+        "--rerank": options.rerank,
+        "--top": options.top,
+        "--blend": options.blend,
+        "--rerank-scores": options.rerank_scores,
+    }
+    if all(value is None for value in given.values()):
+        return None
+    lacking = [name for name in ("--rerank", "--top", "--blend") if given[name] is None]
+    if lacking:
+        raise ValueError(
+            f"{', '.join(lacking)} missing: a second look needs --rerank PATH, --top K and --blend "
+            "W; `eva02-at tune` chooses K and W on clips held out of training"
+        )
+    return RerankOptions(options.top, options.blend)
+
+
+def _protocol(options: argparse.Namespace, num_frames: int, second: RerankOptions | None) -> str:
     """What was done at test time, in words."""
     parts = [f"{num_frames} frames"]
     if options.views > 1:
@@ -92,6 +130,8 @@ def _protocol(options: argparse.Namespace, num_frames: int) -> str:
         parts.append(f"template {options.template!r}")
     if options.dual_softmax is not None:
         parts.append(f"dual softmax with scale {options.dual_softmax:g}")
+    if second is not None:
+        parts.append(str(second))
     return ", ".join([*parts, options.dtype])
 
 

@@ -65,6 +65,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
     )
     add_max_missing(parser)
     _add_test_time_options(parser)
+    _add_rerank_options(parser)
     _add_running_options(parser)
     add_model_options(parser)
     return parser
@@ -81,6 +82,33 @@ def _add_test_time_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--template", default="{}", metavar="TEXT", help="set each prompt in here: '#C C {}'"
+    )
+
+
+def _add_rerank_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("a second look (docs/rerank.md)")
+    group.add_argument(
+        "--rerank",
+        metavar="PATH",
+        help="a run of a recipe of configs/rerank that was trained on this very checkpoint",
+    )
+    group.add_argument(
+        "--top",
+        type=int,
+        metavar="K",
+        help="candidates of each clip and of each text; 0 looks at none. Chosen by `tune`",
+    )
+    group.add_argument(
+        "--blend",
+        type=float,
+        metavar="W",
+        help="what a second look counts beside the cosine. Chosen by `tune`",
+    )
+    group.add_argument(
+        "--rerank-scores",
+        type=Path,
+        metavar="FILE.npy",
+        help="write the scores alone, 0 where nobody looked: for `tune`",
     )
 
 

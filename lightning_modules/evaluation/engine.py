@@ -17,7 +17,7 @@ from datamodules.batch import ClipBatch, TextBatch
 from datamodules.manifest import ClipRecord
 from lightning_modules.evaluation.interface import Benchmark, Measured
 from lightning_modules.evaluation.missing import MAX_MISSING, Coverage
-from lightning_modules.evaluation.predictors import Predictor
+from lightning_modules.evaluation.predictors import Predictor, SecondStage
 from lightning_modules.losses.gather import gather_no_gradient
 
 
@@ -30,12 +30,14 @@ class Evaluation:
         prediction: What was measured: similarities or logits; NaN where a clip is missing.
         present: (clips,) bool, which of the benchmark's clips could be embedded.
         measured: The figures.
+        second_stage: Of a re-ranker, what it looked at.
     """
 
     benchmark: Benchmark
     prediction: Tensor
     present: Tensor
     measured: Measured
+    second_stage: SecondStage | None = None
 
     @property
     def coverage(self) -> Coverage:
@@ -88,9 +90,11 @@ class Engine:
         if isinstance(batch, ClipBatch):
             encoded = self._encode_views(batch.video.to(self.predictor.device))
             self.clips.add(encoded, batch.clip_index, batch.mask)
+            self.predictor.keep_clips(batch.clip_index, batch.mask)
         elif self.predictor.has_texts:
             encoded = self.predictor.encode_texts(batch.tokens.to(self.predictor.device))
             self.texts.add(encoded, batch.text_index, batch.mask)
+            self.predictor.keep_texts(batch.text_index, batch.mask)
 
     @torch.autocast("cpu", enabled=False)
     def finish(self) -> Evaluation:
@@ -107,8 +111,9 @@ class Engine:
         # what is missing must not look like a zero
         rows = torch.where(present[:, None], clips[self._place], torch.nan)
         prediction = self.predictor.predict(self.benchmark, rows, texts)
+        prediction, second = self.predictor.refine(prediction, self._place)
         measured = self.benchmark.measure(prediction, present)
-        return Evaluation(self.benchmark, prediction, present, measured)
+        return Evaluation(self.benchmark, prediction, present, measured, second)
 
     def _encode_views(self, video: Tensor) -> Tensor:
         """(B, 3, views * T, H, W) to (B, W)."""

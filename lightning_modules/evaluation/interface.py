@@ -91,6 +91,7 @@ class Benchmark(ABC):
         name: On the command line.
         columns: Metrics of a table row: title -> dotted name in `Measured.metrics`.
         needs_scale: Whether `predict` wants the model's own logit scale.
+        compares_all: Whether the prediction is a matrix of every clip and every text.
         num_classes: Classes of a head that may be measured instead, its logits being the
             prediction; None where there is nothing of the kind.
         clip_ids: Data: the clips it needs, in the order of its predictions.
@@ -100,6 +101,7 @@ class Benchmark(ABC):
     name: ClassVar[str]
     columns: ClassVar[Mapping[str, str]]
     needs_scale: ClassVar[bool] = False
+    compares_all: ClassVar[bool] = False
     num_classes: int | None = None
     clip_ids: Sequence[str]
     prompts: Sequence[str]

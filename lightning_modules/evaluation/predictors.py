@@ -1,7 +1,8 @@
 """What one kind of model makes of clips and texts, and how a benchmark's prediction follows.
 
-The engine knows models by this interface alone. A re-ranker, say, would be a predictor around
-another one: its `predict` takes the inner prediction and looks again at the pairs that come first.
+The engine knows models by this interface alone. A re-ranker (`evaluation/rerank.py`) is a
+predictor around another one: it keeps tokens while batches pass, and then looks again at the pairs
+that come first.
 
 Shape legend: B clips of a batch, T frames, W values that a clip (or text) becomes.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,27 @@ from torch import Tensor
 from lightning_modules.evaluation.interface import Benchmark
 from lightning_modules.models import DualEncoder, VideoClassifier
 from lightning_modules.models.dual_encoder import MAX_LOG_SCALE
+
+
+@dataclass(frozen=True)
+class SecondStage:
+    """What a second look at some pairs was.
+
+    Attributes:
+        scores: (clips, texts) in (0, 1); 0 where nobody looked.
+        how: In words.
+        num_pairs: Pairs looked at, over all ranks.
+        seconds: What that took.
+    """
+
+    scores: Tensor
+    how: str
+    num_pairs: int
+    seconds: float
+
+    def __str__(self) -> str:
+        speed = self.num_pairs / max(self.seconds, 1e-9)
+        return f"{self.how}: {self.num_pairs:,} pairs in {self.seconds:.1f} s, {speed:,.0f} pairs/s"
 
 
 class Predictor(ABC):
@@ -43,6 +66,26 @@ class Predictor(ABC):
     @abstractmethod
     def encode_texts(self, tokens: Tensor) -> Tensor:
         """(B, L) token ids to (B, W), float32 at least."""
+
+    def keep_clips(self, index: Tensor, mask: Tensor) -> None:  # noqa: B027
+        """Keep, on this rank, what `refine` wants of the clips just encoded.
+
+        Args:
+            index: (B,) their `clip_index`.
+            mask: (B,) bool, False for rows that are padding.
+        """
+
+    def keep_texts(self, index: Tensor, mask: Tensor) -> None:  # noqa: B027
+        """The same of the texts just encoded and their `text_index`."""
+
+    def refine(self, prediction: Tensor, place: Tensor) -> tuple[Tensor, SecondStage | None]:
+        """Look again at a prediction, on all ranks together.
+
+        Args:
+            prediction: Of `predict`.
+            place: The `clip_index` of each of the benchmark's clips, -1 for one that is missing.
+        """
+        return prediction, None
 
     @abstractmethod
     def mean(self, views: Sequence[Tensor]) -> Tensor:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from datamodules.files import write_atomically, write_whole
 from lightning_modules.evaluation.benchmarks.ek100_mir import EK100Retrieval
@@ -24,11 +26,13 @@ class Outputs:
         json: The result, with each query's own value.
         prediction: The similarities or logits, as .npy.
         submission: The challenge's zip, of EK-100 retrieval alone.
+        rerank_scores: A re-ranker's scores alone, as .npy.
     """
 
     json: Path | None = None
     prediction: Path | None = None
     submission: Path | None = None
+    rerank_scores: Path | None = None
 
     def check(self, benchmark: str) -> None:
         """Refuse a submission of another benchmark.
@@ -52,20 +56,31 @@ class Outputs:
         """
         metrics = done.measured.metrics
         result: dict[str, Any] = {"benchmark": done.benchmark.name, "protocol": protocol, **metrics}
+        if done.second_stage is not None:
+            result["num_pairs_reranked"] = done.second_stage.num_pairs
         if self.json is not None:
             whole = result | {"checkpoint": checkpoint, "per_query": done.measured.per_query}
             write_atomically(self.json, json.dumps(_without_nan(whole)) + "\n")
         if self.prediction is not None:
-            write_whole(self.prediction, lambda path: _save(path, done))
+            write_whole(self.prediction, lambda path: _save(path, done.prediction))
+        if self.rerank_scores is not None:
+            write_whole(self.rerank_scores, lambda path: _save(path, _scores_of(done)))
         if self.submission is not None and isinstance(done.benchmark, EK100Retrieval):
             ids = done.benchmark.annotations.ids
             write_submission(self.submission, done.prediction, *ids)
         return json.dumps(_without_nan(result), indent=2)
 
 
-def _save(path: Path, done: Evaluation) -> None:
+def _save(path: Path, matrix: Tensor) -> None:
     with path.open("wb") as file:
-        np.save(file, done.prediction.numpy())
+        np.save(file, matrix.numpy())
+
+
+def _scores_of(done: Evaluation) -> Tensor:
+    """The scores, NaN in the rows of missing clips as in the prediction."""
+    stage, prediction = done.second_stage, done.prediction
+    scores = torch.zeros_like(prediction) if stage is None else stage.scores
+    return scores.masked_fill(prediction.isnan(), torch.nan)
 
 
 def _without_nan(content: Any) -> Any:

@@ -20,10 +20,16 @@ from lightning_modules.evaluation.benchmarks import BENCHMARKS
 from lightning_modules.evaluation.engine import Engine, Evaluation
 from lightning_modules.evaluation.interface import Benchmark, BenchmarkData
 from lightning_modules.evaluation.missing import MAX_MISSING
-from lightning_modules.evaluation.predictors import predictor_of
+from lightning_modules.evaluation.predictors import (
+    DualEncoderPredictor,
+    Predictor,
+    predictor_of,
+)
 from lightning_modules.evaluation.processes import Machines
+from lightning_modules.evaluation.rerank import RerankOptions, RerankPredictor
 from lightning_modules.losses.gather import world_size
 from lightning_modules.models import DualEncoder, VideoClassifier
+from lightning_modules.models.rerank import ReRanker
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class EvalOptions:
         flip: Average with the horizontally flipped clip.
         max_fault_rate: Share of damaged clips above which the evaluation ends.
         max_missing: Greatest share of the benchmark that may be missing.
+        rerank: A re-ranker of the model, and how it takes part.
         cache: Where copies of remote shards go; needed if they are remote.
     """
 
@@ -47,6 +54,7 @@ class EvalOptions:
     max_fault_rate: float = 0.01
     max_missing: float = MAX_MISSING
     cache: FileCache | None = None
+    rerank: tuple[ReRanker, RerankOptions] | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.views < 1 or self.num_workers < 0:
@@ -54,6 +62,8 @@ class EvalOptions:
                 f"batch size {self.batch_size}, views {self.views} and workers "
                 f"{self.num_workers} given; they must be at least 1, 1 and 0"
             )
+        if self.rerank is not None and (self.views > 1 or self.flip):
+            raise ValueError("a re-ranker looks at one view of a clip: no --views, no --flip")
 
 
 def open_benchmark(
@@ -113,11 +123,21 @@ def open_engine(
     return Engine(
         benchmark,
         load_records(corpus.manifests[0]),
-        predictor_of(model),
+        _predictor(model, options),
         max_missing=options.max_missing,
         views=options.views,
         flip=options.flip,
     )
+
+
+def _predictor(model: DualEncoder | VideoClassifier, options: EvalOptions) -> Predictor:
+    first = predictor_of(model)
+    if options.rerank is None:
+        return first
+    if not isinstance(first, DualEncoderPredictor):
+        raise ValueError("a re-ranker belongs to a dual encoder, and this is a classifier")
+    reranker, how = options.rerank
+    return RerankPredictor(first, reranker.to(first.device, first.model.logit_scale.dtype), how)
 
 
 def evaluate(

@@ -126,6 +126,16 @@ class DualEncoder(
         """
         return _normalize(self.text(tokens))
 
+    def encode_video_with_patches(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """`encode_video`, to the bit, and the patches (B, T, N, D): `VideoEncoder.with_patches`."""
+        embedding, patches = self.visual.with_patches(video)
+        return _normalize(embedding), patches
+
+    def encode_text_with_words(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """`encode_text`, to the bit, and the words (B, L, D): `TextEncoder.with_words`."""
+        embedding, words = self.text.with_words(tokens)
+        return _normalize(embedding), words
+
     def forward(self, video: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Embed pairs.
 

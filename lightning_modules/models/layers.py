@@ -291,14 +291,22 @@ class BlockStack(nn.ModuleList):
         Returns:
             (B, D), the pooled token after the last block.
         """
-        last = len(self) - 1
-        for i, block in enumerate(self):
-            arguments = (x, tables, index if i == last else None)
-            if self.checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x = block(*arguments)
-        return x[:, 0]
+        return self.pool(self.all_but_last(x, tables), tables, index)
+
+    def all_but_last(self, x: Tensor, tables: StRopeTables | None) -> Tensor:
+        """(B, S, D): every token as the last block meets it, the last that training shapes."""
+        for block in list(self)[:-1]:
+            x = self._run(block, x, tables, None)
+        return x
+
+    def pool(self, x: Tensor, tables: StRopeTables | None, index: Tensor) -> Tensor:
+        """(B, D): the last block on what `all_but_last` gives."""
+        return self._run(self[-1], x, tables, index)[:, 0]
+
+    def _run(self, block: nn.Module, *arguments: Tensor | StRopeTables | None) -> Tensor:
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
 
 
 def init_layers(root: nn.Module) -> None:

@@ -70,6 +70,19 @@ class TextEncoder(nn.Module):
         x = self._embed(tokens)
         return self.head(self.norm(self.blocks(x, None, tokens.argmax(dim=-1))))
 
+    def with_words(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode sentences and their words in one pass: as `VideoEncoder.with_patches`.
+
+        Args:
+            tokens: As `forward`.
+
+        Returns:
+            (B, E) as `forward`, to the bit; and (B, L, D), the tokens as the last block meets them.
+        """
+        x = self.blocks.all_but_last(self._embed(tokens), None)
+        pooled = self.blocks.pool(x, None, tokens.argmax(dim=-1))
+        return self.head(self.norm(pooled)), x
+
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """Encode every token: what heads that attend to words want.
 

@@ -151,6 +151,26 @@ class VideoEncoder(nn.Module):
         Raises:
             ValueError: if the video's shape does not fit the config.
         """
+        x, tables, cls_index = self._embed(video)
+        return self.head(self.norm(self.blocks(x, tables, cls_index)))
+
+    def with_patches(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode clips and their patches in one pass: what heads that attend to patches want.
+
+        Args:
+            video: As `forward`.
+
+        Returns:
+            (B, E) as `forward`, to the bit; and (B, T, N, D), the patches as the last block meets
+            them. Behind it they are nobody's: training reads its CLS alone.
+        """
+        x, tables, cls_index = self._embed(video)
+        x = self.blocks.all_but_last(x, tables)
+        embedding = self.head(self.norm(self.blocks.pool(x, tables, cls_index)))
+        return embedding, x[:, 1:].unflatten(1, (video.shape[2], -1))
+
+    def _embed(self, video: Tensor) -> tuple[Tensor, StRopeTables | None, Tensor]:
+        """Tokens (B, S, D) with their positions, their rotation, and where the CLS is."""
         self._check_video(video)
         x = self.patch_embed(video)  # (B, T, N, D)
         positions = self.pos_embed[:, None, 1:]
@@ -161,8 +181,7 @@ class VideoEncoder(nn.Module):
         x, tables = self._drop_patches(x, tables)
         cls = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype).expand(x.shape[0], -1, -1)
         x = self.norm_pre(torch.cat((cls, x.flatten(1, 2)), dim=1))
-        cls_index = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-        return self.head(self.norm(self.blocks(x, tables, cls_index)))
+        return x, tables, torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
 
     def _rotation_tables(self, x: Tensor) -> StRopeTables | None:
         config = self.config

@@ -160,6 +160,7 @@ class MultiInstanceRetrieval(Benchmark):
         "nDCG T-V": "ndcg.t2v",
         "nDCG": "ndcg.avg",
     }
+    compares_all: ClassVar[bool] = True
     may_be_undefined: ClassVar[bool] = True  # shards of a user's own may have no classes
 
     def __init__(

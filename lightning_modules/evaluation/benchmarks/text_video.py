@@ -24,6 +24,7 @@ class TextVideoRetrieval(Benchmark):
     """
 
     name = "text_video"
+    compares_all: ClassVar[bool] = True
     columns: ClassVar = {
         "T-V R@1": "t2v.r1",
         "T-V R@5": "t2v.r5",

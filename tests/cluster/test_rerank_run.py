@@ -1,0 +1,89 @@
+"""Training of a re-ranker: what is stopped goes on exactly, and two ranks train as one."""
+
+import csv
+import os
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lightning_modules.checkpoints.model_config import config_to_json
+from lightning_modules.models import DualEncoder, ModelConfig
+
+TINY = {"preset": "eva02_at_tiny", "embed_dim": 32, "num_frames": 2, "image_size": 32}
+MODEL = """
+model:
+  class_path: lightning_modules.rerank.RerankModule
+  init_args:
+    dual_checkpoint: DUAL
+    model: {preset: eva02_at_tiny, embed_dim: 32, num_frames: 2, image_size: 32}
+    reranker: {width: 32, depth: 2, num_heads: 2, window: 1}
+    top: 4
+    optimizer: {lr: 1.0e-3, schedule: cosine, warmup_epochs: 0.5}
+"""
+
+
+@pytest.fixture(scope="module")
+def rerank_recipe(recipe, tmp_path_factory):
+    """The small recipe's data and trainer, with a re-ranker of a random dual encoder."""
+    folder = tmp_path_factory.mktemp("rerank")
+    torch.manual_seed(1)
+    dual = DualEncoder(ModelConfig(**TINY).resolve())
+    save_file(dual.state_dict(), folder / "dual.safetensors")
+    (folder / "dual.json").write_text(config_to_json(dual.config))
+    data = recipe.read_text().partition("\ndata:")[2]
+    file = folder / "recipe.yaml"
+    file.write_text(MODEL.replace("DUAL", str(folder / "dual.safetensors")) + "data:" + data)
+    return file
+
+
+def words(recipe, folder, *more, world=2):
+    strategy = ["--config", "configs/strategy/ddp.yaml"] if world > 1 else []
+    words = ["fit", "--config", str(recipe), *strategy, f"--trainer.devices={world}"]
+    return [*words, f"--run_dir={folder}", "--trainer.precision=32-true", *more]
+
+
+def losses(folder):
+    with (folder / "logs" / "metrics.csv").open() as file:
+        return [(r["step"], r["train/loss"]) for r in csv.DictReader(file) if r.get("train/loss")]
+
+
+@pytest.mark.distributed
+def test_a_stopped_reranker_goes_on_exactly(zygote, tmp_path, rerank_recipe):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = zygote.start(tmp_path / "whole.txt", world=2, argv=words(rerank_recipe, whole))
+    assert done.wait() == [0, 0], done.text()
+    assert len(losses(whole)) == 12
+
+    argv = words(rerank_recipe, parts)
+    started = zygote.start(tmp_path / "parts.txt", world=2, argv=argv)
+    deadline = time.monotonic() + 120
+    while not (parts / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(started.pids[1], signal.SIGTERM)
+    assert started.wait() == [85, 85], started.text()
+    assert 0 < len(losses(parts)) < 12
+    done = zygote.start(tmp_path / "parts.txt", world=2, argv=argv)
+    assert done.wait() == [0, 0], done.text()
+    assert losses(parts) == losses(whole)
+    last = "checkpoints/step-00000012/state"
+    states = [torch.load(run / last, weights_only=False)["state_dict"] for run in (whole, parts)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not any(name.startswith("_dual") for name in states[0])  # the head alone
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_ranks_train_as_one(zygote, tmp_path, rerank_recipe):
+    exact = ("--model.reranker.dropout=0", "--data.val=null", "--trainer.max_epochs=2")
+    for world in (1, 2):
+        argv = words(rerank_recipe, tmp_path / str(world), *exact, world=world)
+        done = zygote.start(tmp_path / f"{world}.txt", world=world, argv=argv)
+        assert done.wait() == [0] * world, done.text()
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert len(one) == 8 and float(one[-1][1]) < float(one[0][1])
+    for (step, loss), (same, other) in zip(one, two, strict=True):
+        # sums in another order; Adam makes a whole step of a gradient that is all rounding
+        assert step == same and float(loss) == pytest.approx(float(other), abs=1e-4)
