@@ -28,6 +28,13 @@ def _parser() -> argparse.ArgumentParser:
         help="of `evaluate --split train --prediction`, one a model; clips that were not held out "
         "are rows of NaN",
     )
+    parser.add_argument(
+        "--rerank-scores",
+        type=Path,
+        metavar="FILE.npy",
+        help="choose K and W of a second look instead: what `evaluate --rerank ... "
+        "--rerank-scores` wrote, beside the dual encoder's own --similarity",
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.json")
     parser.add_argument("--split", default="train", help="(%(default)s)")
     parser.add_argument(
@@ -54,6 +61,8 @@ def main(argv: list[str]) -> int:
     from lightning_modules.evaluation.benchmarks.ek100_mir import RetrievalAnnotations
     from lightning_modules.evaluation.tuning import tune
 
+    if options.rerank_scores is not None:
+        return _rerank(options)
     tuned = tune(
         options.similarity,
         RetrievalAnnotations(options.annotations, options.split),
@@ -71,6 +80,30 @@ def main(argv: list[str]) -> int:
         *("score", "--annotations", options.annotations, *matrices, "--tuned", options.output),
         wrote=(options.output,),
         told="the same models' matrices of the test, in the same order",
+    )
+    return 0
+
+
+def _rerank(options: argparse.Namespace) -> int:
+    from lightning_modules.evaluation.benchmarks.ek100_mir import RetrievalAnnotations
+    from lightning_modules.evaluation.tuning_rerank import tune_rerank
+
+    if len(options.similarity) > 1 or options.transductive:
+        raise ValueError("--rerank-scores wants one --similarity and no --transductive")
+    tuned = tune_rerank(
+        options.similarity[0],
+        options.rerank_scores,
+        RetrievalAnnotations(options.annotations, options.split),
+        options.split,
+        objective=options.objective,
+    )
+    tuned.save(options.output)
+    print(f"{tuned.before:7.2f}  the dual encoder alone")
+    print(f"{tuned.value:7.2f}  with a second look at the top {tuned.top}, blend {tuned.blend:g}")
+    print(
+        f"{tuned.objective} on {tuned.num_clips:,} clips of {tuned.split}, K among "
+        f"{', '.join(map(str, tuned.tried))}. Next: eva02-at evaluate ... --rerank PATH "
+        f"--top {tuned.top} --blend {tuned.blend:g}"
     )
     return 0
 

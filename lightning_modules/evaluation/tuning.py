@@ -87,11 +87,7 @@ def tune(
     Raises:
         ValueError: The split is the test's, a matrix is malformed, or no clip is known to all.
     """
-    if split == "test":
-        raise ValueError(
-            "tuning on the test split makes its figure worthless; predict on training clips that "
-            "were held out (`evaluate --split train --prediction`), and tune on those"
-        )
+    refuse_test(split)
     shape = (len(annotations.clips), len(annotations.sentences))
     matrices = [read_similarity(path, shape) for path in paths]
     present = torch.stack([~matrix.isnan().all(dim=1) for matrix in matrices]).all(dim=0)
@@ -99,9 +95,7 @@ def tune(
         raise ValueError(f"no clip of {split} is in all of {', '.join(map(str, paths))}")
 
     def value(similarity: Tensor) -> float:
-        figures = scores_as_metrics(annotations.score(similarity, present))
-        parts = ("map", "ndcg") if objective == "mean" else (objective,)
-        return sum(figures[name]["avg"] for name in parts) / len(parts)
+        return objective_of(similarity, annotations, present, objective)
 
     before = [value(matrix) for matrix in matrices]
     weights, best = _weights(matrices, value)
@@ -114,6 +108,28 @@ def tune(
             if (gained := value(sharpened)) > best:
                 scale, best = candidate, gained
     return Tuned(weights, scale, split, int(present.sum()), objective, best, before)
+
+
+def refuse_test(split: str) -> None:
+    """Refuse to choose on the test split.
+
+    Raises:
+        ValueError: It is that.
+    """
+    if split == "test":
+        raise ValueError(
+            "tuning on the test split makes its figure worthless; predict on training clips that "
+            "were held out (`evaluate --split train --prediction`), and tune on those"
+        )
+
+
+def objective_of(
+    similarity: Tensor, annotations: RetrievalAnnotations, present: Tensor, objective: str
+) -> float:
+    """One of `OBJECTIVES` of a matrix, in percent, over the clips that are present."""
+    figures = scores_as_metrics(annotations.score(similarity, present))
+    parts = ("map", "ndcg") if objective == "mean" else (objective,)
+    return sum(figures[name]["avg"] for name in parts) / len(parts)
 
 
 def _weights(

@@ -8,6 +8,7 @@ from typing import Any
 
 from datamodules.stream.stores import is_remote, local_path
 from lightning_modules.models import VideoClassifier
+from lightning_modules.models.rerank import ReRanker
 from lightning_modules.planning.costs import (
     GIB,
     ClusterConfig,
@@ -90,6 +91,11 @@ def make_plan(
             "change data.global_batch_size, or the nodes and GPUs of the cluster"
         )
     model = cli.model.model
+    if isinstance(model, ReRanker):
+        raise ValueError(
+            "plan knows dual encoders and classifiers, and this recipe trains a re-ranker: a step "
+            "takes less than its dual encoder's in evaluation and a half; plan that one's recipe"
+        )
     is_recogniser = isinstance(model, VideoClassifier)
     precision = str(cli.trainer.precision)
     num_classes = model.num_classes if is_recogniser else None

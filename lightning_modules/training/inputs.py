@@ -21,7 +21,8 @@ def check_inputs(module: LightningModule, data: LightningDataModule, resumes: bo
     """Look for the files that a training run will read.
 
     Args:
-        module: Its `init_checkpoint` is looked for, unless the run goes on from its own.
+        module: Its `init_checkpoint` is looked for, unless the run goes on from its own, and a
+            re-ranker's `dual_checkpoint`.
         data: Its manifests and annotations are, where it is one of ours.
         resumes: Whether the run has a checkpoint.
 
@@ -32,6 +33,9 @@ def check_inputs(module: LightningModule, data: LightningDataModule, resumes: bo
     weights = getattr(module, "init_checkpoint", None)
     if weights is not None and not resumes and not _is_there(weights):
         told.append(f"no checkpoint at {weights} ({_WEIGHTS})")
+    dual = getattr(module, "dual_checkpoint", None)
+    if dual is not None and not _is_there(dual):
+        told.append(f"no dual encoder at {dual} (--model.dual_checkpoint=PATH names a trained one)")
     if isinstance(data, StreamDataModule):
         told += [
             f"no manifest at {m} ({_SHARDS})" for m in data.train_manifests if not _is_there(m)

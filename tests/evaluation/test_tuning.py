@@ -12,8 +12,10 @@ from epic_files import write_retrieval_split
 
 from lightning_modules.cli.main import main
 from lightning_modules.evaluation.benchmarks.ek100_mir import RetrievalAnnotations
+from lightning_modules.evaluation.rerank import candidates
 from lightning_modules.evaluation.saved import score_saved
 from lightning_modules.evaluation.tuning import Tuned, tune, without_zeros
+from lightning_modules.evaluation.tuning_rerank import tune_rerank
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +116,57 @@ def test_a_transductive_choice_says_so(folder: Path, tmp_path: Path, capsys) -> 
     words = ["score", "--annotations", str(folder), "--similarity", *test]
     assert main([*words, "--tuned", str(tmp_path / "t.json")]) == 0
     assert json.loads(capsys.readouterr().out)["transductive"] is True
+
+
+def second_look(folder: Path, top: int, good: bool) -> tuple[Path, Path]:
+    """A dual encoder that knows verbs, and what somebody who knows nouns says of its candidates."""
+    first = np.load(folder / "verbs_train.npy")
+    first[40:] = np.nan  # not held out
+    chosen = candidates(torch.from_numpy(first), top).numpy()
+    told = np.load(folder / "nouns_train.npy") * (1 if good else -1)
+    scores = np.where(chosen, 1 / (1 + np.exp(-4 * told)), 0).astype(np.float32)
+    scores[40:] = np.nan
+    files = folder / "first.npy", folder / f"second_{top}_{good}.npy"
+    for file, matrix in zip(files, (first, scores), strict=True):
+        np.save(file, matrix)
+    return files
+
+
+def test_a_second_look_is_chosen_where_it_gains(folder: Path, tmp_path: Path, capsys) -> None:
+    first, second = second_look(folder, 20, good=True)
+    words = ["tune", f"--annotations={folder}", f"--similarity={first}"]
+    out = tmp_path / "tuned.json"
+    assert main([*words, f"--rerank-scores={second}", f"--output={out}"]) == 0
+    tuned = json.loads(out.read_text())
+    assert tuned["value"] > tuned["before"] + 1 and tuned["num_clips"] == 40
+    assert tuned["tried"] == [5, 10, 20] and tuned["top"] in tuned["tried"] and tuned["blend"] > 0
+    assert f"--top {tuned['top']} --blend {tuned['blend']:g}" in capsys.readouterr().out
+    # the value is that of the matrix which `evaluate` would make
+    matrix, scores = (torch.from_numpy(np.load(file)) for file in (first, second))
+    chosen = candidates(matrix, tuned["top"])
+    mixed = matrix + tuned["blend"] * scores.where(chosen, torch.zeros(()))
+    np.save(tmp_path / "mixed.npy", mixed.numpy())
+    annotations = RetrievalAnnotations(folder, "train")
+    metrics = score_saved([tmp_path / "mixed.npy"], annotations, max_missing=1).metrics
+    both = (metrics["map"]["avg"] + metrics["ndcg"]["avg"]) / 2
+    assert both == pytest.approx(tuned["value"], abs=1e-9)
+
+
+def test_a_second_look_that_does_harm_is_left_out(folder: Path) -> None:
+    files = second_look(folder, 10, good=False)
+    tuned = tune_rerank(*files, RetrievalAnnotations(folder, "train"), "train", objective="map")
+    assert tuned.value == tuned.before and (tuned.top, tuned.blend) == (0, 0.0)
+
+
+def test_scores_of_another_matrix_are_refused(folder: Path, tmp_path: Path, capsys) -> None:
+    _, second = second_look(folder, 10, good=True)
+    words = ["tune", f"--annotations={folder}", f"--output={tmp_path / 'x'}"]
+    words += [f"--rerank-scores={second}"]
+    for more, told in (
+        ([f"--similarity={folder / 'noise_train.npy'}"], "lacks candidates of the top 5"),
+        ([f"--similarity={folder / 'first.npy'}", "--split=test"], "tuning on the test split"),
+        (["--similarity", str(second), str(second)], "wants one --similarity"),
+    ):
+        assert main([*words, *more]) == 2
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from datamodules.batch import ClipBatch
+from lightning_modules.checkpoints.model_config import config_to_json
+from lightning_modules.models import DualEncoder, ModelConfig
 from lightning_modules.training.recipe import RecipeCLI, build_cli
 
 ROOT = Path(__file__).parents[2]
@@ -17,6 +20,7 @@ RECIPES = sorted(
     for room in ("pretrain", "mir", "charades_ego")
     for path in (ROOT / "configs" / room).glob("*")
 )
+RERANKERS = [*sorted((ROOT / "configs" / "rerank").glob("*")), ROOT / "configs/demo/rerank.yaml"]
 OVERLAYS = sorted((ROOT / "configs" / "temporal").glob("*"))
 HERE = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.precision=32"]
 SMALL = ["--model.init_checkpoint=null", "--model.model.preset=eva02_at_tiny"]
@@ -47,7 +51,7 @@ def random_batch(num_frames: int, image_size: int) -> ClipBatch:
 
 
 def test_the_recipes_are_found():
-    assert len(RECIPES) >= 18 and len(OVERLAYS) == 5
+    assert len(RECIPES) >= 18 and len(OVERLAYS) == 5 and len(RERANKERS) == 2
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -79,6 +83,36 @@ def test_a_step_of_a_recipe_at_reduced_size(recipe: Path):
     assert [name for name, g in gradients.items() if g is None or not g.isfinite().all()] == []
     moving = sum(bool(g.abs().sum() > 0) for g in gradients.values())
     assert moving > len(gradients) * 0.9  # all but the temperature of fixed-temperature losses
+
+
+def tiny_dual(path: Path) -> None:
+    model = DualEncoder(ModelConfig("eva02_at_tiny", embed_dim=16, num_frames=2).resolve())
+    save_file(model.state_dict(), path)
+    path.with_suffix(".json").write_text(config_to_json(model.config))
+
+
+@pytest.mark.parametrize("recipe", RERANKERS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_step_of_a_reranker_at_reduced_size(recipe: Path, tmp_path: Path):
+    tiny_dual(tmp_path / "dual.safetensors")
+    small = ["--model.model.preset=eva02_at_tiny", "--model.model.embed_dim=16"]
+    small += ["--model.model.num_frames=2", "--data.image_size=64"]
+    small += [f"--model.dual_checkpoint={tmp_path / 'dual.safetensors'}"]
+    module = parse(recipe, words=[*small, "--model.reranker.width=32"]).model
+    module.log = lambda *args, **kwargs: None
+    module.setup("fit")
+    module.training_step(random_batch(2, 64), 0).backward()
+    gradients = {name: p.grad for name, p in module.model.named_parameters()}
+    assert [name for name, g in gradients.items() if g is None or not g.isfinite().all()] == []
+    assert all(g.abs().sum() > 0 for g in gradients.values())
+    assert not any(p.requires_grad for p in module.dual.parameters())
+
+
+def test_a_dual_encoder_of_another_shape_is_named(tmp_path: Path):
+    tiny_dual(tmp_path / "dual.safetensors")
+    recipe, given = RERANKERS[0], f"--model.dual_checkpoint={tmp_path / 'dual.safetensors'}"
+    module = parse(recipe, words=["--model.model.preset=eva02_at_tiny", given]).model
+    with pytest.raises(ValueError, match=r"recipe's model has vision.num_frames \d+, and the dual"):
+        module.setup("fit")
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
