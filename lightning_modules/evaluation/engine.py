@@ -27,7 +27,8 @@ class Evaluation:
 
     Attributes:
         benchmark: The benchmark, with its data.
-        prediction: What was measured: similarities or logits; NaN where a clip is missing.
+        prediction: What was measured: similarities or logits; NaN where a clip is missing. With a
+            second stage, both directions' in one matrix.
         present: (clips,) bool, which of the benchmark's clips could be embedded.
         measured: The figures.
         second_stage: Of a re-ranker, what it looked at.
@@ -112,7 +113,11 @@ class Engine:
         rows = torch.where(present[:, None], clips[self._place], torch.nan)
         prediction = self.predictor.predict(self.benchmark, rows, texts)
         prediction, second = self.predictor.refine(prediction, self._place)
-        measured = self.benchmark.measure(prediction, present)
+        if second is None:
+            measured = self.benchmark.measure(prediction, present)
+        else:
+            matrices = second.by_clip, second.by_text
+            measured = self.benchmark.measure_directions(*matrices, present)
         return Evaluation(self.benchmark, prediction, present, measured, second)
 
     def _encode_views(self, video: Tensor) -> Tensor:

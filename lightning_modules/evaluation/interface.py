@@ -128,6 +128,16 @@ class Benchmark(ABC):
             present: (clips,) bool, False for clips that are not in the shards or unreadable.
         """
 
+    def measure_directions(self, by_clip: Tensor, by_text: Tensor, present: Tensor) -> Measured:
+        """Measure where each direction has a matrix of its own; only where `compares_all` is set.
+
+        Args:
+            by_clip: What clips rank the texts by.
+            by_text: What texts rank the clips by, rows and columns as there.
+            present: As in `measure`.
+        """
+        raise NotImplementedError
+
     def coverage(self, present: Tensor) -> Coverage:
         """How much of the benchmark these clips are; a benchmark may count something else."""
         return Coverage.of(present)

@@ -28,12 +28,16 @@ class SecondStage:
 
     Attributes:
         scores: (clips, texts) in (0, 1); 0 where nobody looked.
+        by_clip: What clips rank the texts by: of their own candidates alone.
+        by_text: What texts rank the clips by, rows and columns as there.
         how: In words.
         num_pairs: Pairs looked at, over all ranks.
         seconds: What that took.
     """
 
     scores: Tensor
+    by_clip: Tensor
+    by_text: Tensor
     how: str
     num_pairs: int
     seconds: float

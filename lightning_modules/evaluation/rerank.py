@@ -1,12 +1,14 @@
 """Two-stage retrieval: what a dual encoder places first is looked at again, pair by pair.
 
-A pair is a candidate where the sentence is among the clip's K nearest, or the clip among the
-sentence's K nearest; each is looked at once, whichever direction wants it, by the rank that has
-embedded its clip: patches never travel. The re-ranked matrix is
+A query's candidates are its K nearest: sentences of a clip, clips of a sentence. A pair is looked
+at once, whichever direction wants it, by the rank that has embedded its clip: patches never travel.
+Each direction then has a matrix of its own,
 
-    S'_ij = S_ij + W p_ij,    p_ij = 0 where (i, j) is no candidate
+    S'_ij = S_ij + W p_ij,    p_ij = 0 where (i, j) is no candidate of the query
 
-and p lies in (0, 1), so that a clip's K nearest stay before what was not looked at.
+and p lies in (0, 1), so that the K nearest stay before what was not looked at. One matrix for both
+would let the other side's candidates in: whether a clip's sentence is looked at would then depend
+on the other clips that ask.
 
 Shape legend: V clips, S sentences, M places of a clip, L words, W channels of the head.
 """
@@ -146,7 +148,8 @@ class RerankPredictor(Predictor):
         """
         if not self.options.top:
             return prediction, None
-        chosen = candidates(prediction, self.options.top)
+        by_clip, by_text = candidates(prediction, self.options.top)
+        chosen = by_clip | by_text
         words, known = self._all_words(prediction.shape[1])
         began = time.monotonic()
         flat, values = [], []
@@ -165,7 +168,8 @@ class RerankPredictor(Predictor):
         seconds = time.monotonic() - began
         scores = torch.zeros_like(prediction)
         scores.view(-1)[gather_no_gradient(own).cpu()] = scored
-        stage = SecondStage(scores, str(self.options), len(scored), seconds)
+        matrices = (prediction + self.options.blend * scores * mask for mask in (by_clip, by_text))
+        stage = SecondStage(scores, *matrices, str(self.options), len(scored), seconds)
         return prediction + self.options.blend * scores, stage
 
     def _all_words(self, total: int) -> tuple[Tensor, Tensor]:
@@ -189,11 +193,13 @@ class RerankPredictor(Predictor):
         return table, mask
 
 
-def candidates(similarity: Tensor, top: int) -> Tensor:
-    """(V, S) bool: the `top` nearest of each row and of each column; never a NaN."""
+def candidates(similarity: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Two (V, S) bool: the `top` nearest of each row, and of each column; never a NaN."""
     known = ~similarity.isnan()
     filled = similarity.masked_fill(~known, -torch.inf)
-    chosen = torch.zeros_like(known)
-    for side in (0, 1):
-        chosen.scatter_(side, filled.topk(min(top, filled.shape[side]), dim=side).indices, True)
-    return chosen & known
+
+    def nearest(side: int) -> Tensor:
+        places = filled.topk(min(top, filled.shape[side]), dim=side).indices
+        return torch.zeros_like(known).scatter_(side, places, True) & known
+
+    return nearest(1), nearest(0)

@@ -95,7 +95,9 @@ def tune(
         raise ValueError(f"no clip of {split} is in all of {', '.join(map(str, paths))}")
 
     def value(similarity: Tensor) -> float:
-        return objective_of(similarity, annotations, present, objective)
+        figures = scores_as_metrics(annotations.score(similarity, present))
+        parts = ("map", "ndcg") if objective == "mean" else (objective,)
+        return sum(figures[name]["avg"] for name in parts) / len(parts)
 
     before = [value(matrix) for matrix in matrices]
     weights, best = _weights(matrices, value)
@@ -121,15 +123,6 @@ def refuse_test(split: str) -> None:
             "tuning on the test split makes its figure worthless; predict on training clips that "
             "were held out (`evaluate --split train --prediction`), and tune on those"
         )
-
-
-def objective_of(
-    similarity: Tensor, annotations: RetrievalAnnotations, present: Tensor, objective: str
-) -> float:
-    """One of `OBJECTIVES` of a matrix, in percent, over the clips that are present."""
-    figures = scores_as_metrics(annotations.score(similarity, present))
-    parts = ("map", "ndcg") if objective == "mean" else (objective,)
-    return sum(figures[name]["avg"] for name in parts) / len(parts)
 
 
 def _weights(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from datamodules.files import write_atomically
-from lightning_modules.evaluation.benchmarks.ek100_mir import RetrievalAnnotations
+from lightning_modules.evaluation.benchmarks.ek100_mir import (
+    RetrievalAnnotations,
+    scores_as_metrics,
+)
 from lightning_modules.evaluation.rerank import candidates
 from lightning_modules.evaluation.saved import read_similarity
-from lightning_modules.evaluation.tuning import objective_of, refuse_test
+from lightning_modules.evaluation.tuning import refuse_test
 
 _TOPS = (5, 10, 20, 50, 100, 200, 500, 1000)
 _BLENDS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -78,9 +81,8 @@ def tune_rerank(
     if not present.any():
         raise ValueError(f"no clip of {split} is in both {similarity} and {scores}")
     first = first.masked_fill(~present[:, None], torch.nan)  # who is a candidate depends on it
-    looked_at = {
-        top: chosen for top in _TOPS if (chosen := _looked_at(first, second, top)) is not None
-    }
+    chosen = {top: _looked_at(first, second, top) for top in _TOPS}
+    looked_at = {top: masks for top, masks in chosen.items() if masks is not None}
     if not looked_at:
         raise ValueError(
             f"{scores} lacks candidates of the top {_TOPS[0]} of {similarity}: the one is not of "
@@ -88,24 +90,38 @@ def tune_rerank(
             "--rerank ... --top K"
         )
 
-    def value(matrix: Tensor) -> float:
-        return objective_of(matrix, annotations, present, objective)
+    def value(by_clip: Tensor, by_text: Tensor) -> float:
+        return objective_of(by_clip, by_text, annotations, present, objective)
 
-    before = best = value(first)
+    before = best = value(first, first)
     choice = (0, 0.0)
-    for top, chosen in looked_at.items():
+    for top, masks in looked_at.items():
         for blend in _BLENDS:
-            gained = value(first + blend * second.where(chosen, torch.zeros(())))
+            gained = value(*(first + blend * second.where(mask, torch.zeros(())) for mask in masks))
             if gained > best:
                 best, choice = gained, (top, blend)
     counted = int(present.sum())
     return TunedRerank(*choice, split, counted, objective, best, before, list(looked_at))
 
 
-def _looked_at(first: Tensor, second: Tensor, top: int) -> Tensor | None:
-    """Candidates of a K, where all of them have a score."""
+def objective_of(
+    by_clip: Tensor,
+    by_text: Tensor,
+    annotations: RetrievalAnnotations,
+    present: Tensor,
+    objective: str,
+) -> float:
+    """What is made large, in percent: `v2t` of the first matrix, `t2v` of the second."""
+    first, other = (annotations.score(matrix, present) for matrix in (by_clip, by_text))
+    figures = scores_as_metrics(replace(first, t2v=other.t2v))
+    parts = ("map", "ndcg") if objective == "mean" else (objective,)
+    return sum(figures[name]["avg"] for name in parts) / len(parts)
+
+
+def _looked_at(first: Tensor, second: Tensor, top: int) -> tuple[Tensor, Tensor] | None:
+    """Candidates of a K, clips' and texts', where all of them have a score."""
     num_clips = int((~first.isnan().all(dim=1)).sum())
     if top > min(num_clips, first.shape[1]):
         return None
-    chosen = candidates(first, top)
-    return chosen if bool((second[chosen] > 0).all()) else None
+    masks = candidates(first, top)
+    return masks if all(bool((second[mask] > 0).all()) for mask in masks) else None

@@ -47,7 +47,7 @@ def reranker(tmp_path_factory) -> Path:
 
 
 def matrices(folder: Path, top: int | None, blend: float = 1.0):
-    """(matrix, scores, pairs) of the engine, on however many ranks there are."""
+    """(matrix, second stage, figures) of the engine, on however many ranks there are."""
     how = EvalOptions(batch_size=3, num_workers=0)
     if top is not None:
         how = EvalOptions(3, 0, rerank=(head(), RerankOptions(top, blend)))
@@ -55,13 +55,13 @@ def matrices(folder: Path, top: int | None, blend: float = 1.0):
         "ek100_mir", str(folder / "shards"), annotations=folder / "annotations"
     )
     done = evaluate(tiny_model(), benchmark, corpus, how)
-    second = done.second_stage
-    return done.prediction, second and second.scores, second and second.num_pairs
+    return done.prediction, done.second_stage, done.measured.flat
 
 
 def of_a_rank(rank: int, folder: Path, top: int):
     torch.set_num_threads(1)
-    return matrices(folder, top)
+    prediction, stage, figures = matrices(folder, top)
+    return prediction, stage.scores, figures
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +80,11 @@ def nearest(row: list[float], top: int) -> set[int]:
 def test_the_matrix_is_its_loop(world, one):
     """Candidates by sorting lists, then a pair at a time, a sentence without its padding."""
     plain, *_ = matrices(world[0], None)
-    prediction, scores, num_pairs = one
+    prediction, stage, figures = one
     rows, columns = plain.tolist(), plain.T.tolist()
     wanted = {(i, j) for i, row in enumerate(rows) for j in nearest(row, 3)}
     wanted |= {(i, j) for j, column in enumerate(columns) for i in nearest(column, 3)}
-    assert num_pairs == len(wanted) < plain.numel()
+    assert stage.num_pairs == len(wanted) < plain.numel()
 
     benchmark, corpus = open_benchmark(
         "ek100_mir", str(world[0] / "shards"), annotations=world[0] / "annotations"
@@ -102,27 +102,44 @@ def test_the_matrix_is_its_loop(world, one):
         pair = second.places(patches), second.words(words), words_of(tokens), torch.zeros(1).long()
         expected[i, j] = second(*pair).sigmoid()
     # float32 sums in another order; a logit's error is at most a quarter in the probability
-    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(stage.scores, expected, rtol=0, atol=1e-5)
     assert expected[expected > 0].std() > 0.01
-    assert torch.equal(prediction, plain + scores)
+    assert torch.equal(prediction, plain + stage.scores)
+    # each direction is measured by its own queries' candidates
+    by_clip, by_text = plain.clone(), plain.clone()
+    for i, row in enumerate(rows):
+        for j in nearest(row, 3):
+            by_clip[i, j] += stage.scores[i, j]
+    for j, column in enumerate(columns):
+        for i in nearest(column, 3):
+            by_text[i, j] += stage.scores[i, j]
+    assert torch.equal(stage.by_clip, by_clip) and torch.equal(stage.by_text, by_text)
+    present = torch.ones(NUM_CLIPS, dtype=torch.bool)
+    for direction, matrix in (("v2t", by_clip), ("t2v", by_text)):
+        alone = benchmark.measure(matrix, present).flat
+        for name in (f"map_{direction}", f"ndcg_{direction}"):
+            assert figures[name] == alone[name]
 
 
 @pytest.mark.parametrize(("top", "blend"), [(0, 1.0), (3, 0.0)])
 def test_no_second_look_is_the_dual_encoder_to_the_bit(world, top, blend):
-    assert torch.equal(matrices(world[0], top, blend)[0], matrices(world[0], None)[0])
+    plain, second = matrices(world[0], None), matrices(world[0], top, blend)
+    assert torch.equal(second[0], plain[0]) and second[2] == plain[2]
 
 
 @pytest.mark.distributed
 def test_two_ranks_are_one_to_the_bit(world, one):
     for found in run_ranks(2, of_a_rank, world[0], 3):
-        assert found[2] == one[2]
-        assert torch.equal(found[0], one[0]) and torch.equal(found[1], one[1])
+        assert torch.equal(found[0], one[0]) and found[2] == one[2]
+        assert torch.equal(found[1], one[1].scores)
 
 
 def test_candidates_are_nearest_of_either_side_and_never_missing():
     matrix = torch.tensor([[0.9, 0.1, 0.2], [0.8, 0.7, 0.3], [torch.nan] * 3, [0.1, 0.0, 0.6]])
-    assert candidates(matrix, 1).int().tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 0, 1]]
-    assert candidates(matrix, 3).sum() == 9
+    by_clip, by_text = (side.int().tolist() for side in candidates(matrix, 1))
+    assert by_clip == [[1, 0, 0], [1, 0, 0], [0, 0, 0], [0, 0, 1]]
+    assert by_text == [[1, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 1]]
+    assert [int(side.sum()) for side in candidates(matrix, 3)] == [9, 9]
 
 
 def words(folder: Path, *more: object) -> list[str]:
@@ -139,11 +156,13 @@ def test_evaluate_says_what_it_did(world, reranker, one, tmp_path, capsys):
     assert main(words(world[0], *out, *second)) == 0
     result = json.loads(files[0].read_text())
     assert "top 3 re-ranked with blend 0.5" in result["protocol"]
-    assert result["num_pairs_reranked"] == one[2]
+    assert result["num_pairs_reranked"] == one[1].num_pairs
     assert " pairs/s" in capsys.readouterr().err
     prediction, scores = (torch.from_numpy(np.load(file)) for file in files[1:])
-    torch.testing.assert_close(scores, one[1], rtol=0, atol=1e-6)  # threads of another number
-    torch.testing.assert_close(prediction - 0.5 * scores, one[0] - one[1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        scores, one[1].scores, rtol=0, atol=1e-6
+    )  # threads of another number
+    torch.testing.assert_close(prediction - 0.5 * scores, one[0] - one[1].scores, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -181,10 +181,20 @@ class MultiInstanceRetrieval(Benchmark):
 
     def measure(self, prediction: Tensor, present: Tensor) -> Measured:
         """`map` and `ndcg`, each `v2t`, `t2v` and `avg`, with what was left out."""
+        return self._measured(self._scores(prediction, present), present)
+
+    def measure_directions(self, by_clip: Tensor, by_text: Tensor, present: Tensor) -> Measured:
+        """The same, `v2t` by the first matrix and `t2v` by the second."""
+        first, second = (self._scores(matrix, present) for matrix in (by_clip, by_text))
+        return self._measured(replace(first, t2v=second.t2v), present)
+
+    def _scores(self, prediction: Tensor, present: Tensor) -> MultiInstanceScores:
         if self.dual_softmax is not None:
             rows = dual_softmax(prediction[present], self.dual_softmax)
             prediction = prediction.double().index_put((present.nonzero().squeeze(1),), rows)
-        scores = score_classes(prediction, self.clips, self.sentences, present)
+        return score_classes(prediction, self.clips, self.sentences, present)
+
+    def _measured(self, scores: MultiInstanceScores, present: Tensor) -> Measured:
         if not self.may_be_undefined:
             refuse_undefined(scores)
         sides = {"v2t": scores.v2t, "t2v": scores.t2v}

@@ -58,14 +58,18 @@ class TextVideoRetrieval(Benchmark):
 
     def measure(self, prediction: Tensor, present: Tensor) -> Measured:
         """`t2v` and `v2t`, each with `r1`, `r5`, `r10` and `mdr`, and what was left out."""
+        return self.measure_directions(prediction, prediction, present)
+
+    def measure_directions(self, by_clip: Tensor, by_text: Tensor, present: Tensor) -> Measured:
+        """The same, `v2t` by the first matrix and `t2v` by the second."""
         kept_texts = present[self.video_of_text]
-        similarity = prediction[present][:, kept_texts]
+        v2t, t2v = (matrix[present][:, kept_texts] for matrix in (by_clip, by_text))
         if self.dual_softmax is not None:
-            similarity = dual_softmax(similarity, self.dual_softmax)
+            v2t, t2v = (dual_softmax(matrix, self.dual_softmax) for matrix in (v2t, t2v))
         number = present.cumsum(0) - 1  # of a video among those present
         partner = number[self.video_of_text[kept_texts]]
-        belongs = partner == torch.arange(len(similarity))[:, None]
-        ranks = {"t2v": best_ranks(similarity.T, belongs.T), "v2t": best_ranks(similarity, belongs)}
+        belongs = partner == torch.arange(len(v2t))[:, None]
+        ranks = {"t2v": best_ranks(t2v.T, belongs.T), "v2t": best_ranks(v2t, belongs)}
         metrics: dict[str, object] = {}
         for direction, found in ranks.items():
             summary = recall_summary(found)
@@ -74,7 +78,7 @@ class TextVideoRetrieval(Benchmark):
             metrics
             | {
                 "num_texts": len(partner),
-                "num_videos": len(similarity),
+                "num_videos": len(v2t),
                 "num_missing_clips": int((~present).sum()),
             },
             {
