@@ -102,9 +102,10 @@ def _rerank(options: argparse.Namespace) -> int:
     print(f"{tuned.value:7.2f}  with a second look at the top {tuned.top}, blend {tuned.blend:g}")
     print(
         f"{tuned.objective} on {tuned.num_clips:,} clips of {tuned.split}, K among "
-        f"{', '.join(map(str, tuned.tried))}. Next: eva02-at evaluate ... --rerank PATH "
-        f"--top {tuned.top} --blend {tuned.blend:g}"
+        f"{', '.join(map(str, tuned.tried))}"
     )
+    chosen = ("--top", tuned.top, "--blend", f"{tuned.blend:g}")
+    close("evaluate", *chosen, wrote=(options.output,), told="and the test's words, --rerank too")
     return 0
 
 

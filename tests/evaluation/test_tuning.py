@@ -141,7 +141,7 @@ def test_a_second_look_is_chosen_where_it_gains(folder: Path, tmp_path: Path, ca
     tuned = json.loads(out.read_text())
     assert tuned["value"] > tuned["before"] + 1 and tuned["num_clips"] == 40
     assert tuned["tried"] == [5, 10, 20] and tuned["top"] in tuned["tried"] and tuned["blend"] > 0
-    assert f"--top {tuned['top']} --blend {tuned['blend']:g}" in capsys.readouterr().out
+    assert f"--top {tuned['top']} --blend {tuned['blend']:g}" in capsys.readouterr().err
     # the value is that of the matrix which `evaluate` would make
     matrix, scores = (torch.from_numpy(np.load(file)) for file in (first, second))
     parts = []
