@@ -168,9 +168,16 @@ class RerankPredictor(Predictor):
         seconds = time.monotonic() - began
         scores = torch.zeros_like(prediction)
         scores.view(-1)[gather_no_gradient(own).cpu()] = scored
-        matrices = (prediction + self.options.blend * scores * mask for mask in (by_clip, by_text))
-        stage = SecondStage(scores, *matrices, str(self.options), len(scored), seconds)
-        return prediction + self.options.blend * scores, stage
+        gain = self.options.blend * scores
+        stage = SecondStage(
+            scores,
+            prediction + gain * by_clip,
+            prediction + gain * by_text,
+            str(self.options),
+            len(scored),
+            seconds,
+        )
+        return prediction + gain, stage
 
     def _all_words(self, total: int) -> tuple[Tensor, Tensor]:
         """(S, L, W) and (S, L) of all ranks, L being the longest sentence's."""
