@@ -40,9 +40,9 @@ ROOMS = {
         + ["tests/kernels/test_attention.py"],
     ),
 }
-# torch.compile cannot trace mutmut's calls
 # what starts ranks is tried on those that survive the rest
 RANKS = {"checkpoints": ["tests/inference/test_convert_zero.py"]}
+# torch.compile cannot trace mutmut's calls
 PYTEST = ["-x", "-q", "-p", "no:cacheprovider", "-k", "not one_graph"]
 SKIPPED, SURVIVED, UNTRIED = "no tests", "survived", "not checked"
 
