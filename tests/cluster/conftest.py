@@ -1,13 +1,13 @@
 """What the tests of this room share: a zygote that starts ranks, and a SLURM cluster."""
 
 import os
-import subprocess
 
 import pytest
 import tiny_run
 from cluster_runs import REAL, average, curve, run
 from rank_zygote import Zygote
 from slurm_cluster import SlurmCluster, why_not
+from small_disks import mounted
 from small_recipe import write_recipe
 
 
@@ -60,10 +60,5 @@ def recipe(tmp_path_factory):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 256 KiB, which a few checkpoints fill."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting a small tmpfs needs root and the right to mount")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(tmp_path / "disk", 256) as folder:
+        yield folder

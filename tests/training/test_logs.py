@@ -3,10 +3,9 @@
 import csv
 import errno
 import logging
-import os
-import subprocess
 
 import pytest
+from small_disks import mounted
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_modules.training.monitor import tensorboard_log
@@ -16,14 +15,9 @@ from lightning_modules.training.monitor.tensorboard_log import TolerantTensorBoa
 
 @pytest.fixture
 def disk(tmp_path):
-    """A file system of 64 KiB; `fill` and `empty` are methods of the returned folder's filler."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting a small tmpfs needs root and the right to mount")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    """A file system of 64 KiB."""
+    with mounted(tmp_path / "disk", 64) as folder:
+        yield folder
 
 
 def fill(folder) -> None:
