@@ -14,11 +14,11 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_modules.checkpoints.layouts import Translation, translate, unwrap
+from lightning_modules.checkpoints.plain_data import first_line, foreign_content, plain_data_only
 from lightning_modules.models import DualEncoderConfig
 from lightning_modules.models.interpolate import interpolate_spatial, interpolate_temporal
 from lightning_modules.models.towers import Towers
@@ -143,15 +143,19 @@ def read_checkpoint(path: str | PathLike[str]) -> object:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "looks like a TorchScript archive": said below
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except pickle.UnpicklingError:
+        with plain_data_only():
+            told = foreign_content(path) or "is damaged"
         raise ValueError(
-            f"checkpoint {path} holds more than tensors and plain data, or is damaged, and is "
-            f"not unpickled, because a pickle can run any code: {_first_line(error)}. If you trust "
-            "where it comes from, save its state dict alone with torch.save or safetensors."
+            f"checkpoint {path} {told}; it is not unpickled, because a pickle can run any code. If "
+            "you trust where it comes from, save its state dict alone with torch.save or "
+            "safetensors."
         ) from None
-    except (RuntimeError, EOFError, OSError, SafetensorError) as error:
+    except Exception as error:  # an unpickler's operations on any bytes raise anything
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise  # the storage's, which says nothing of the file; a bad seek is the file's
+        if isinstance(error, MemoryError):
+            raise
         if "TorchScript" in str(error):
             mend = (
                 "It is a TorchScript program (OpenAI's original files are), which is not run "
@@ -161,13 +165,7 @@ def read_checkpoint(path: str | PathLike[str]) -> object:
             )
         else:
             mend = "It may be cut short: compare its size with the publisher's."
-        raise ValueError(
-            f"checkpoint {path} cannot be read: {_first_line(error)}. {mend}"
-        ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"checkpoint {path} cannot be read: {first_line(error)}. {mend}") from None
 
 
 def _fit(found: Translation, model: Towers) -> tuple[dict[str, Tensor], LoadReport]:

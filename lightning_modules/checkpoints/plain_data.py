@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,9 +53,16 @@ def foreign_content(path: Path) -> str | None:
     """
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (ValueError, RuntimeError, pickle.UnpicklingError, KeyError, EOFError) as error:
-        return f"is no file that torch.save writes ({str(error).splitlines()[0]})"
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # an unpickler's operations on any bytes raise anything
+        return f"is no file that torch.save writes ({first_line(error)})"
     return f"holds {', '.join(sorted(names))}" if names else None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def load_plain(path: Path) -> Any:
@@ -68,11 +74,13 @@ def load_plain(path: Path) -> Any:
     try:
         with plain_data_only():
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # as above
         with plain_data_only():
             told = foreign_content(path)
         raise ValueError(
-            f"{path} {told or f'cannot be read ({str(error).splitlines()[0]})'}; only tensors and "
+            f"{path} {told or f'cannot be read ({first_line(error)})'}; only tensors and "
             "plain data are read from a checkpoint, because a pickle can run any code. Mend: start "
             "from its weights, as safetensors, with model.init_checkpoint"
         ) from None

@@ -6,7 +6,6 @@ import json
 import logging
 from pathlib import Path
 
-import jsonargparse
 import torch
 
 from datamodules.files import write_atomically
@@ -15,7 +14,7 @@ from lightning_modules.planning.costs import ClusterConfig
 from lightning_modules.planning.plan import describe, make_plan
 from lightning_modules.planning.store import StoreConfig
 from lightning_modules.training.closing import close
-from lightning_modules.training.recipe import build_cli
+from lightning_modules.training.recipe import RecipeParser, build_cli
 
 # the recipe is only read: nothing of this machine may matter
 _HERE = [
@@ -27,8 +26,8 @@ _HERE = [
 ]
 
 
-def _parser() -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(prog="eva02-at plan", description=__doc__)
+def _parser() -> RecipeParser:
+    parser = RecipeParser(prog="eva02-at plan", description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", action="append", required=True, help="recipe; may be repeated")
     parser.add_argument("--cluster", type=ClusterConfig, default=ClusterConfig())
     parser.add_argument(

@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
     if "{}" not in options.template:
         raise ValueError(f"template {options.template!r} has no {{}} for the query")
     if not options.videos.is_dir():
-        raise ValueError(f"{options.videos} is no folder")
+        raise ValueError(f"{options.videos} is no folder; --videos takes one that holds videos")
     if (options.html and not options.query) or (options.serve and (options.query or options.html)):
         raise ValueError("a page (--html) needs a query; --serve is asked in the browser")
     if options.html and len(options.checkpoint) > 1:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import shlex
-from argparse import ArgumentParser
 from pathlib import Path
 
+from lightning_modules.cli.parser import CommandParser
 from lightning_modules.cli.startup import importing
 from lightning_modules.packaged import folder
 from lightning_modules.training.closing import close
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="eva02-at submit",
-        description=__doc__,
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        "submit",
+        "Check a recipe against a SLURM job, then queue it (`--dry-run`: print it).",
         epilog="Everything else goes to `eva02-at fit`: --config FILE, --run_dir=..., --key=value.",
-        allow_abbrev=False,
     )
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, default=8, help="0: one CPU rank a node")

@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import pickletools
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from lightning_modules.checkpoints import load_clip_checkpoint
+from lightning_modules.checkpoints.loading import read_checkpoint
+from lightning_modules.checkpoints.plain_data import load_plain
 from lightning_modules.models import DualEncoder, DualEncoderConfig, TextConfig, VisionConfig
 
 EVA = DualEncoderConfig(
@@ -314,8 +319,30 @@ def test_truncated_and_empty_files(tmp_path: Path, suffix: str) -> None:
     for length in (0, 5, len(content) // 2):
         cut = tmp_path / f"cut{suffix}"
         cut.write_bytes(content[:length])
-        with pytest.raises(ValueError, match=r"cut\.\w+ (cannot be read|holds more)"):
+        with pytest.raises(ValueError, match=r"cut\.\w+ (cannot be read|is no file that torch)"):
             load_clip_checkpoint(cut, build())
+
+
+OPERATIONS = [op.code.encode("latin1") for op in pickletools.opcodes] + [b"\n", b"0", b"torch\n"]
+
+
+@pytest.mark.slow
+@settings(max_examples=500, deadline=None)
+@given(content=st.binary(max_size=40) | st.lists(st.sampled_from(OPERATIONS)).map(b"".join))
+def test_no_bytes_break_the_reader(content: bytes, tmp_path_factory) -> None:
+    path = tmp_path_factory.mktemp("bytes") / "a.pt"
+    path.write_bytes(content)
+    for read in (read_checkpoint, load_plain):
+        with pytest.raises(ValueError, match=r"a\.pt (cannot be read|is |holds )"):
+            read(path)
+
+
+@pytest.mark.parametrize("content", [b"to do: sleep\n", b"no checkpoint", b".", b"<html>", b"{}"])
+def test_other_files_are_no_checkpoints(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(content)
+    for read in (read_checkpoint, load_plain):
+        with pytest.raises(ValueError, match=r"a\.pt (cannot be read|is no file that torch)"):
+            read(tmp_path / "a.pt")
 
 
 def test_torchscript_archive_is_explained(tmp_path: Path) -> None:
