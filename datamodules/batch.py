@@ -49,6 +49,8 @@ class ClipBatch(_TensorFields):
         even: Whoever made the batch guarantees that every rank's of this step has as many pairs, so
             that nobody need ask.
         same_text_widths: And that the texts' class ids have as many columns.
+        negative_tokens: (B, K, L) token ids of captions that are false of each clip; rows of zeros
+            where none could be made. None where the stream makes none.
     """
 
     video: Tensor
@@ -64,6 +66,7 @@ class ClipBatch(_TensorFields):
     keys: list[str]
     even: bool = False
     same_text_widths: bool = False
+    negative_tokens: Tensor | None = None
 
     def __len__(self) -> int:
         return self.video.shape[0]

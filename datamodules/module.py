@@ -32,6 +32,7 @@ from datamodules.stream.retry import Retry
 from datamodules.stream.stores import Fetcher, is_remote
 from datamodules.video.decode import Decoder
 from datamodules.video.frames import Limits
+from datamodules.vocabulary import HardNegatives
 
 
 @dataclass
@@ -123,6 +124,7 @@ class StreamDataModule(LightningDataModule):
         prefetch_shards: Remote shards that a node fetches ahead of their use, as far as `cache_gb`
             holds them; all that it holds by default, 0 for none.
         allow_pipe: A manifest's location may be `pipe:` and a command, which is then run.
+        hard_negatives: Captions that differ in a word, and clips played backwards.
     """
 
     def __init__(
@@ -149,8 +151,10 @@ class StreamDataModule(LightningDataModule):
         cache_gb: float = 100.0,
         prefetch_shards: int | None = None,
         allow_pipe: bool = False,
+        hard_negatives: HardNegatives | None = None,
     ) -> None:
         super().__init__()
+        self.hard_negatives = hard_negatives
         self.retry = Retry(patience_s=storage_patience_s)
         fetcher = Fetcher(self.retry)
         limit = int(cache_gb * 1e9)
@@ -223,6 +227,7 @@ class StreamDataModule(LightningDataModule):
             num_parts,
             self._watch(self.corpus),
             getattr(choose_text, "text_widths", None),
+            None if self.hard_negatives is None else self.hard_negatives.read(),
         )
         return self._loader(stream, self._train_places, self.batches_per_epoch, reader)
 

@@ -22,7 +22,7 @@ from lightning_modules.evaluation.predictors import DualEncoderPredictor, Predic
 from lightning_modules.evaluation.splits import retrieval_benchmark
 from lightning_modules.models import DualEncoder, ModelConfig
 from lightning_modules.side_stream import SideStream
-from lightning_modules.training.optim.gradcache import encode_in_micro_batches
+from lightning_modules.training.optim.gradcache import Encode, encode_in_micro_batches
 from lightning_modules.training.optim.optimizers import OptimizerConfig, configure_optimizers
 from lightning_modules.training.run.private import attached_trainer
 
@@ -152,7 +152,24 @@ class DualEncoderModule(TrainedModule):
 
     def forward(self, batch: ClipBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Embed a batch: (B, E) video and (B, E) text, L2-normalised, and the logit scale."""
-        return encode_in_micro_batches(self.model, batch.video, batch.tokens, self.micro_batch)
+        return self.embed(self.model, batch, batch.tokens)
+
+    def embed(
+        self, encode: Encode, batch: ClipBatch, tokens: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Embed a batch's clips and these tokens, as `encode_in_micro_batches` does.
+
+        Raises:
+            ValueError: Ranks may have different numbers of micro-batches where each is a
+                collective.
+        """
+        if self.micro_batch and not batch.even and hasattr(self.model.logit_scale, "ds_tensor"):
+            raise ValueError(
+                "under ZeRO 3 every micro-batch gathers weights on all ranks together, and with "
+                "data.hard_negatives.reversed_share ranks have different numbers of pairs: set "
+                "model.micro_batch to null, or use ZeRO 2"
+            )
+        return encode_in_micro_batches(encode, batch.video, tokens, self.micro_batch)
 
     def log_loss(self, loss: Tensor, logit_scale: Tensor, batch_size: int) -> Tensor:
         """Log a training step; returns the loss to minimise.

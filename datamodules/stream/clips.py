@@ -11,7 +11,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +21,8 @@ from torch.utils.data import Dataset
 
 from datamodules.batch import ClipBatch, TextBatch, pad_class_ids
 from datamodules.manifest import ClipRecord
+from datamodules.stream.captions import CaptionNegatives
+from datamodules.stream.captions import Narration as Narration
 from datamodules.stream.faults import FaultMonitor
 from datamodules.stream.hung import DecodeWatch
 from datamodules.stream.order import EpochOrder, StreamOrder, keyed_hash
@@ -40,23 +42,6 @@ logger = logging.getLogger(__name__)
 
 _MAX_SUBSTITUTES = 100
 _MOST_SKIPPED = 100_000  # samples of missing shards besides
-
-
-@dataclass(frozen=True)
-class Narration:
-    """A text and what it is about.
-
-    Attributes:
-        text: The text.
-        text_index: Its row in the sentence list; -1 for the clip's own.
-        verb_classes: Its verb class ids.
-        noun_classes: Its noun class ids.
-    """
-
-    text: str
-    text_index: int
-    verb_classes: Sequence[int]
-    noun_classes: Sequence[int]
 
 
 class ChooseText(Protocol):
@@ -108,6 +93,7 @@ class _Item:
     record: ClipRecord
     narration: Narration
     key: str
+    negatives: Sequence[str] = ()
 
     @property
     def text_index(self) -> int:
@@ -129,6 +115,7 @@ class TrainStream(Dataset):
         watch: Knows what is being decoded, and what is not to be.
         text_widths: Verb and noun classes of the text that has most of each, where that is known:
             every batch then has as many columns, and ranks need not ask each other.
+        hard: Adds hard negatives to the pairs; None for none.
     """
 
     def __init__(
@@ -142,8 +129,10 @@ class TrainStream(Dataset):
         num_parts: int,
         watch: DecodeWatch | None = None,
         text_widths: tuple[int, int] | None = None,
+        hard: CaptionNegatives | None = None,
     ) -> None:
         self.reader, self.order, self.options = reader, order, options
+        self.hard = hard
         self.choose_text, self.monitor = choose_text, monitor
         self.part, self.num_parts = part, num_parts
         self.watch = watch or DecodeWatch(0, math.inf)
@@ -163,17 +152,23 @@ class TrainStream(Dataset):
             self._epoch = self.order.epoch(epoch)
         slots = self._epoch.batch(step, self.part + micro, self.num_parts)
         items = [
-            self._fill(self._epoch, int(lane), int(position), int(sample_index))
+            item
             for lane, position, sample_index in zip(
                 slots.lane, slots.position, slots.sample_index, strict=True
             )
+            for item in self._fill(self._epoch, int(lane), int(position), int(sample_index))
         ]
         batch = collate(items, self.tokenizer, self.text_widths or (1, 1))
-        batch.even, batch.same_text_widths = True, self.text_widths is not None
+        # how many clips are shown backwards besides is each part's own affair
+        batch.even = self.hard is None or not self.hard.reversed_share
+        batch.same_text_widths = self.text_widths is not None
         return batch
 
-    def _fill(self, epoch: EpochOrder, lane: int, position: int, sample_index: int) -> _Item:
-        """Return the sample of a place or, if it is damaged, the next good one of its lane."""
+    def _fill(self, epoch: EpochOrder, lane: int, position: int, sample_index: int) -> list[_Item]:
+        """Return the sample of a place or, if it is damaged, the next good one of its lane.
+
+        It comes with its time reversal, where that is drawn.
+        """
         damaged, name = 0, ""
         for skip in range(_MOST_SKIPPED):
             # a lane may have nothing but missing shards: on to the next one
@@ -182,7 +177,7 @@ class TrainStream(Dataset):
             shard, row = int(shards[0]), int(rows[0])
             self.monitor.begin(shard, row)
             try:
-                return self._make(epoch.number, shard, row, sample_index)
+                return self._hard(epoch.number, self._make(epoch.number, shard, row, sample_index))
             except MissingShard as error:
                 name = self.reader.name(shard)
                 self.monitor.report_missing(shard, name, str(error), is_substitute=skip > 0)
@@ -213,6 +208,23 @@ class TrainStream(Dataset):
             narration,
             sample.key,
         )
+
+    def _hard(self, epoch: int, item: _Item) -> list[_Item]:
+        """Add what makes the pair hard, by draws of its own: frames, crop and text stay."""
+        if self.hard is None:
+            return [item]
+        generator = random.Random(keyed_hash(self.order.seed, epoch, item.sample_index, 4))
+        shown_backwards = generator.random() < self.hard.reversed_share
+        turned = self.hard.backwards(item.record, item.narration) if shown_backwards else None
+        items = [item]
+        if turned is not None:
+            record, narration = turned
+            items.append(
+                replace(item, video=item.video.flip(1), record=record, narration=narration)
+            )
+        return [
+            replace(one, negatives=self.hard.captions(one.narration, generator)) for one in items
+        ]
 
 
 class EvalClips(Dataset):
@@ -329,9 +341,15 @@ def collate(
         text_widths: Least columns of the texts' verb and noun classes.
     """
     clip_index = torch.tensor([item.clip_index for item in items])
+    texts = [[item.narration.text, *item.negatives] for item in items]
+    tokens = tokenizer([text for row in texts for text in row]).unflatten(0, (len(items), -1))
+    negatives = None
+    if tokens.shape[1] > 1:
+        made = torch.tensor([[text != "" for text in row[1:]] for row in texts])
+        negatives = tokens[:, 1:] * made[:, :, None]
     return ClipBatch(
         video=torch.stack([item.video for item in items]),
-        tokens=tokenizer([item.narration.text for item in items]),
+        tokens=tokens[:, 0].contiguous(),
         clip_index=clip_index,
         text_index=torch.tensor([item.text_index for item in items]),
         sample_index=torch.tensor([item.sample_index for item in items]),
@@ -345,4 +363,5 @@ def collate(
             (item.narration.noun_classes for item in items), text_widths[1]
         ),
         keys=[item.key for item in items],
+        negative_tokens=negatives,
     )

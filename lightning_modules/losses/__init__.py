@@ -1,6 +1,6 @@
 """Training losses over the global batch, as plain torch."""
 
-from lightning_modules.losses.contrastive import EgoNCELoss, InfoNCELoss
+from lightning_modules.losses.contrastive import EgoNCELoss, EgoNCEPlusPlusLoss, InfoNCELoss
 from lightning_modules.losses.gather import gather_ids, gather_no_gradient, gather_with_gradient
 from lightning_modules.losses.margin import (
     AdaptiveMaxMarginLoss,
@@ -13,6 +13,7 @@ from lightning_modules.losses.sigmoid import SigLIPLoss
 __all__ = [
     "AdaptiveMaxMarginLoss",
     "EgoNCELoss",
+    "EgoNCEPlusPlusLoss",
     "HardLabelMultiSimilarityLoss",
     "InfoNCELoss",
     "MaxMarginLoss",

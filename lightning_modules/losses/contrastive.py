@@ -165,6 +165,85 @@ class EgoNCELoss(_ContrastiveLoss):
         return self._mean_over_anchors(video, text, logit_scale, even, any_positive)
 
 
+class EgoNCEPlusPlusLoss(_ContrastiveLoss):
+    """EgoNCE++ (Xu et al., arXiv 2405.17719): each direction has a task of its own.
+
+    With s the cosine similarity over the temperature, video i and caption i partners:
+
+        v2t_i = -log( e^s(v_i, t_i) / (sum_j e^s(v_i, t_j) + sum_k e^s(v_i, n_ik)) )
+        t2v_i = -log( sum_{p in P_i} e^s(t_i, v_p) / sum_j e^s(t_i, v_j) )
+        L = mean_i v2t_i + mean_i t2v_i
+
+    Video to text, the captions n_ik differ from t_i in their verb or their noun, so that the video
+    must tell them apart; a video meets its own alone. Text to video, P_i are the partner and all
+    videos that share a noun class with it: objects keep their place. The paper has the negatives
+    from a language model, or from the vocabulary, as `HardNegatives` makes them. Values and
+    gradients over ranks as in `InfoNCELoss`; of negatives nothing is gathered.
+
+    Args:
+        temperature: Fixed temperature (the paper: 0.05), or `None` as in `InfoNCELoss`.
+        gather: `False` contrasts within each rank's own batch only.
+    """
+
+    def forward(
+        self,
+        video: Tensor,
+        text: Tensor,
+        negatives: Tensor,
+        is_negative: Tensor,
+        noun_classes: Tensor,
+        logit_scale: Tensor | None = None,
+        *,
+        even: bool = False,
+    ) -> Tensor:
+        """Return the scalar loss.
+
+        Args:
+            video: (B_local, E), L2-normalised.
+            text: (B_local, E), L2-normalised; row b is the partner of video b.
+            negatives: (B_local, K, E), L2-normalised; row b belongs to video b.
+            is_negative: (B_local, K) bool, False where there is none.
+            noun_classes: (B_local, N) noun class ids of the pairs, padded with -1.
+            logit_scale: As in `InfoNCELoss`.
+            even: As in `InfoNCELoss`. The widths of the ids are exchanged all the same.
+
+        Raises:
+            ValueError: Shapes do not match, or there is no temperature at all.
+        """
+        video, text = checked_pairs(video, text)
+        if negatives.shape[::2] != video.shape or is_negative.shape != negatives.shape[:2]:
+            raise ValueError(
+                f"negatives have shape {tuple(negatives.shape)} and is_negative "
+                f"{tuple(is_negative.shape)}; they must be (B, K, E) and (B, K), with the batch's "
+                f"B = {len(video)} and E = {video.shape[1]}"
+            )
+        scale = self._scale(logit_scale)
+        batch = GlobalBatch.of(video, self.gather, even)
+        every_video, every_text = batch.gather(torch.cat([video, text], dim=1)).chunk(2, dim=1)
+        if self.gather:
+            (noun_classes,) = gather_ids((noun_classes,), even=even)()
+        share_noun = _sharing(noun_classes)
+        with torch.autocast(video.device.type, enabled=False):
+            own = torch.einsum("be,bke->bk", video, negatives.to(video.dtype)) * scale
+        own = own.masked_fill(~is_negative, -torch.inf)
+
+        def to_text(logits: Tensor, start: int, own: Tensor) -> Tensor:
+            block = slice(start, start + len(logits))
+            partner = logits.diagonal(batch.first + start)
+            return (torch.cat([logits, own[block]], dim=1).logsumexp(1) - partner).sum()
+
+        def to_video(logits: Tensor, start: int) -> Tensor:
+            first = batch.first + start
+            positive = share_noun(slice(first, first + len(logits)))
+            positive.diagonal(first).fill_(True)
+            of_positives = logits.masked_fill(~positive, -torch.inf).logsumexp(1)
+            return (logits.logsumexp(1) - of_positives).sum()
+
+        share = blockwise_sum(to_text, video * scale, every_text, own)
+        share = share + blockwise_sum(to_video, text * scale, every_video)
+        return batch.sum(share) / max(1, len(batch))
+
+
 def _sharing(ids: Tensor) -> Callable[[slice], Tensor]:
     """From (B, V) ids padded with -1: rows -> (rows, B) bool, whether any class is shared.
 

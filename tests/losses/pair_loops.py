@@ -90,3 +90,16 @@ def ego_nce(video, text, verb_sets: list[set], noun_sets: list[set], temperature
             exponentials = (S[i] / temperature).exp()
             terms.append(-(exponentials[positives].sum() / exponentials.sum()).log())
     return sum(terms) / len(terms)
+
+
+def ego_nce_plus_plus(video, text, negatives, noun_sets: list[set], temperature=0.05):
+    """The docstring of `EgoNCEPlusPlusLoss`; `negatives[i]` are as many as caption i has."""
+    total = 0
+    for i in range(len(video)):
+        to_texts = [(video[i] @ t / temperature).exp() for t in text]
+        to_false = [(video[i] @ n / temperature).exp() for n in negatives[i]]
+        total -= (to_texts[i] / (sum(to_texts) + sum(to_false))).log()
+        to_videos = [(text[i] @ v / temperature).exp() for v in video]
+        positives = [e for j, e in enumerate(to_videos) if j == i or noun_sets[i] & noun_sets[j]]
+        total -= (sum(positives) / sum(to_videos)).log()
+    return total / len(video)

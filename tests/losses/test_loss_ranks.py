@@ -14,6 +14,7 @@ from lightning_modules import collectives
 from lightning_modules.losses import (
     AdaptiveMaxMarginLoss,
     EgoNCELoss,
+    EgoNCEPlusPlusLoss,
     InfoNCELoss,
     MaxMarginLoss,
     SigLIPLoss,
@@ -28,6 +29,7 @@ LOSSES = {
     "info_nce": InfoNCELoss(0.05),
     "info_nce_scale": InfoNCELoss(None),
     "ego_nce": EgoNCELoss(),
+    "ego_nce_plus_plus": EgoNCEPlusPlusLoss(),
     "max_margin": MaxMarginLoss(),
     "adaptive": AdaptiveMaxMarginLoss(),
     "sms": SymmetricMultiSimilarityLoss(),
@@ -70,6 +72,15 @@ def step(name: str, model: nn.Module, rows: slice, size: int, even: bool = False
         nouns = torch.cat([nouns[:4], nouns[4:].clone()])
         nouns[4:, 2] = -1
         loss = LOSSES[name](video, text, verbs[rows], nouns[rows, :width], even=even)
+    elif name == "ego_nce_plus_plus":
+        # captions of other pairs serve as the false ones; not every pair has both
+        draw = torch.Generator().manual_seed(6)
+        false = torch.stack([tokens.roll(1, 0), tokens.roll(2, 0)], dim=1)
+        negatives = model(clips[:0], false[rows].flatten(0, 1))[1].unflatten(0, (-1, 2))
+        is_negative = torch.rand(size, 2, generator=draw) < 0.7
+        loss = LOSSES[name](
+            video, text, negatives, is_negative[rows], nouns[rows], scale, even=even
+        )
     elif name.startswith("info"):
         loss = LOSSES[name](video, text, logit_scale=scale, even=even)
     else:

@@ -12,6 +12,7 @@ from datamodules.relevance import relevance_matrix
 from lightning_modules.losses import (
     AdaptiveMaxMarginLoss,
     EgoNCELoss,
+    EgoNCEPlusPlusLoss,
     HardLabelMultiSimilarityLoss,
     InfoNCELoss,
     MaxMarginLoss,
@@ -112,6 +113,7 @@ def test_the_band_is_open_at_its_ends(sign):
         SymmetricMultiSimilarityLoss,
         HardLabelMultiSimilarityLoss,
         SigLIPLoss,
+        EgoNCEPlusPlusLoss,
     ],
 )
 def test_losses_look_over_all_ranks_unless_told_not_to(kind):
@@ -123,6 +125,7 @@ def test_losses_look_over_all_ranks_unless_told_not_to(kind):
     [
         (InfoNCELoss(), {"temperature": 0.05}),
         (EgoNCELoss(), {"temperature": 0.05}),
+        (EgoNCEPlusPlusLoss(), {"temperature": 0.05}),
         (MaxMarginLoss(), {"margin": 0.2}),
         (AdaptiveMaxMarginLoss(), {"margin": 0.4}),
         (SymmetricMultiSimilarityLoss(), {"margin": 0.6, "relaxation": 0.1, "threshold": 0.1}),
@@ -208,6 +211,33 @@ def test_ego_nce_follows_its_equation(block_elements, monkeypatch):
     assert_same(EgoNCELoss()(video, text, *ids), slow, (video, text))
 
 
+@pytest.mark.parametrize("block_elements", [1, 40, 2**20])
+@pytest.mark.parametrize("batch", [1, 3, 13])
+def test_ego_nce_plus_plus_follows_its_equation(batch, block_elements, monkeypatch):
+    monkeypatch.setitem(blockwise._BLOCK_ELEMENTS, "cpu", block_elements)
+    video, text = pairs(batch)
+    draw = torch.Generator().manual_seed(9)
+    negatives = torch.randn(batch, 4, 5, generator=draw, dtype=torch.float64)
+    negatives = F.normalize(negatives + 2 * text.detach()[:, None], dim=2).requires_grad_()
+    # some captions have fewer, one has none
+    is_negative = (torch.arange(4) < torch.arange(batch)[:, None] % 5) | (batch == 1)
+    _, nouns = class_sets(batch)
+    ids = pad_class_ids([list(row) for row in nouns])
+    given = [row[mask] for row, mask in zip(negatives, is_negative, strict=True)]
+    slow = pair_loops.ego_nce_plus_plus(video, text, given, nouns)
+    fast = EgoNCEPlusPlusLoss()(video, text, negatives, is_negative, ids)
+    assert_same(fast, slow, (video, text, negatives))
+    on_negatives = torch.autograd.grad(fast, negatives)[0]
+    assert not on_negatives[~is_negative].any() and on_negatives[is_negative].any()
+
+
+def test_ego_nce_plus_plus_without_negatives_and_shared_nouns_is_twice_info_nce():
+    video, text = pairs(7)
+    none = torch.zeros(7, 1, dtype=torch.bool)
+    loss = EgoNCEPlusPlusLoss()(video, text, text.detach()[:, None], none, torch.full((7, 1), -1))
+    torch.testing.assert_close(loss, 2 * InfoNCELoss()(video, text))
+
+
 def test_ego_nce_survives_positives_far_below_the_maximum():
     """At temperature 0.01 the partner's share is e^-200, which fp32 cannot hold."""
     video = torch.eye(3)
@@ -261,6 +291,10 @@ def test_a_frozen_tower_gets_no_gradient():
     ("call", "message"),
     [
         (lambda v, t: InfoNCELoss(temperature=0.0), "must be positive"),
+        (
+            lambda v, t: EgoNCEPlusPlusLoss()(v, t, t[:4, None], torch.ones(5, 1), torch.ones(5)),
+            r"negatives have shape \(4, 1, 5\) and is_negative \(5, 1\)",
+        ),
         (lambda v, t: SigLIPLoss(temperature=-0.1), "temperature -0.1 given; it must be positive"),
         (lambda v, t: SigLIPLoss()(v[:3], t), r"video has shape \(3, 5\) and text \(5, 5\)"),
         (lambda v, t: InfoNCELoss(temperature=None)(v, t), "needs the model's logit_scale"),

@@ -47,6 +47,9 @@ def random_batch(num_frames: int, image_size: int) -> ClipBatch:
         text_verb_classes=classes,
         text_noun_classes=classes + 1,
         keys=list("abcd"),
+        negative_tokens=torch.tensor(
+            [[[49406, word, 49407] + [0] * 74] for word in range(900, 904)]
+        ),
     )
 
 
@@ -113,6 +116,27 @@ def test_a_dual_encoder_of_another_shape_is_named(tmp_path: Path):
     module = parse(recipe, words=["--model.model.preset=eva02_at_tiny", given]).model
     with pytest.raises(ValueError, match=r"recipe's model has vision.num_frames \d+, and the dual"):
         module.setup("fit")
+
+
+def test_false_captions_in_micro_batches_and_without():
+    recipe = ROOT / "configs" / "pretrain" / "eva02_at_base_egoclip_egonce_plus_plus.yaml"
+    batch = random_batch(2, 64)
+    batch.negative_tokens[3] = 0  # this caption has none
+    found = []
+    for micro in ("null", "3"):
+        words = [*SMALL, "--data.image_size=64", "--model.model.num_frames=2"]
+        module = parse(recipe, words=[*words, f"--model.micro_batch={micro}"]).model
+        logged = {}
+        module.log = lambda name, value, logged=logged, **_: logged.update({name: float(value)})
+        loss = module.training_step(batch, 0)
+        loss.backward()
+        assert logged["train/negatives"] == 0.75
+        found.append((loss.detach(), module.model.text.head.weight.grad))
+    # fp32: the same sums, embedded three and one at a time
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    batch.negative_tokens = None
+    with pytest.raises(ValueError, match=r"set data.hard_negatives"):
+        module.training_step(batch, 0)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
