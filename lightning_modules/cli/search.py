@@ -7,6 +7,7 @@ import secrets
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,23 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where the index lies (DIR/.eva02-at/search-HASH)",
     )
+    second = parser.add_argument_group("a second look (docs/rerank.md)")
+    second.add_argument(
+        "--rerank",
+        metavar="PATH",
+        help="a run of a recipe of configs/rerank that was trained on the checkpoint: the first "
+        "hits are decoded and looked at again",
+    )
+    second.add_argument(
+        "--rerank-top", type=int, default=20, metavar="K", help="how many (%(default)s)"
+    )
+    second.add_argument(
+        "--blend",
+        type=float,
+        default=1.0,
+        metavar="W",
+        help="what that counts beside the cosine (%(default)s)",
+    )
     page = parser.add_argument_group("a page to type into")
     page.add_argument("--serve", action="store_true", help="answer in a browser until Ctrl-C")
     page.add_argument(
@@ -83,6 +101,8 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"top is {options.top}; at least one hit must be asked for")
     if "{}" not in options.template:
         raise ValueError(f"template {options.template!r} has no {{}} for the query")
+    if options.rerank and len(options.checkpoint) > 1:
+        raise ValueError("--rerank belongs to one --checkpoint")
     if not options.videos.is_dir():
         raise ValueError(f"{options.videos} is no folder; --videos takes one that holds videos")
     if (options.html and not options.query) or (options.serve and (options.query or options.html)):
@@ -103,10 +123,21 @@ def main(argv: list[str]) -> int:
 
 def _open(options: argparse.Namespace, path: str) -> FolderSearch:
     with importing():
+        from lightning_modules.checkpoints.rerank import load_reranker
+        from lightning_modules.evaluation.rerank import RerankOptions
         from lightning_modules.inference.search import open_folder
+        from lightning_modules.inference.second_look import SecondLook
 
     loaded = load_from_options(options, path)
+    how = RerankOptions(options.rerank_top, options.blend)
+    # before the model gets the device and the type of the search: it is known by its weights
+    reranker = load_reranker(options.rerank, loaded.model) if options.rerank else None
     folder = open_folder(options.videos, loaded, embed_options(options), options.index)
+    if reranker is not None:
+        weights = folder.embedder.model.logit_scale
+        reranker = reranker.to(weights.device, weights.dtype)
+        look = SecondLook(folder.embedder, reranker, how.top, how.blend)
+        folder = replace(folder, second_look=look)
     print(folder.told)
     report_unreadable(folder.unreadable)
     if not len(folder.index):

@@ -16,6 +16,7 @@ from lightning_modules.checkpoints.conversion import LoadedModel
 from lightning_modules.inference.embedding import Embedder, EmbedOptions
 from lightning_modules.inference.search_index import Among, SearchIndex
 from lightning_modules.inference.search_page import Answer, search_page
+from lightning_modules.inference.second_look import SecondLook
 
 INDEX_FOLDER = ".eva02-at"
 
@@ -30,6 +31,7 @@ class FolderSearch:
         embedder: The same, ready to embed.
         index: Of the folder, up to date.
         told: In words, what was read.
+        second_look: A re-ranker, if there is one.
     """
 
     folder: Path
@@ -37,6 +39,7 @@ class FolderSearch:
     embedder: Embedder
     index: SearchIndex
     told: str
+    second_look: SecondLook | None = None
 
     @property
     def unreadable(self) -> list[Unreadable]:
@@ -64,7 +67,10 @@ class FolderSearch:
         background = self.index.background()
         answers = []
         for query, text in zip(queries, texts, strict=True):
-            hits = self.index.search(text, top, among)
+            look = self.second_look
+            hits = self.index.search(text, max(top, look.top if look else 0), among)
+            if look is not None:
+                hits = look.again(template.replace("{}", query), hits)[:top]
             sure = [background.surer_than(hit.z) if background else 0.0 for hit in hits]
             answers.append(Answer(query, hits, sure))
         return answers
