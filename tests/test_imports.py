@@ -75,6 +75,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "lightning_modules.losses.gather",
         "lightning_modules.metrics",
         "lightning_modules.models",
+        "lightning_modules.training.run.stall",
     ),
     "lightning_modules.inference": (
         "lightning_modules.pages",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 
-import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
+
+from datamodules.stream.shared import shared_zeros
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +39,9 @@ class FaultMonitor:
             raise ValueError(f"max_fault_rate is {max_rate}; it must be from 0 to 1")
         self.max_rate = max_rate
         self.judged_together = False  # all ranks look at their counts together, over a window
-        self._table: Tensor = torch.zeros(
-            max(1, num_workers), _GONE + _MOST_GONE, dtype=torch.int64
-        )
+        self._table: Tensor = shared_zeros(max(1, num_workers), _GONE + _MOST_GONE)
         self._table[:, _SHARD] = -1
         self._table[:, _GONE:] = -1
-        self._table.share_memory_()
 
     @property
     def num_seen(self) -> int:

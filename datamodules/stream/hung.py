@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from datamodules.stream.shared import shared_zeros
 from datamodules.video.decode import DamagedSample
 
 logger = logging.getLogger(__name__)
@@ -76,8 +76,7 @@ class DecodeWatch:
             raise ValueError(f"decode_timeout_s is {limit_s}; it must be above 0")
         self.limit_s, self.hung = limit_s, hung or HungSamples()
         # shard, row, and a count that is odd while the sample is being decoded; no lock is needed
-        self._table: Tensor = torch.zeros(max(1, num_workers), 3, dtype=torch.int64)
-        self._table.share_memory_()
+        self._table: Tensor = shared_zeros(max(1, num_workers), 3)
 
     @contextlib.contextmanager
     def decoding(self, shard: int, row: int) -> Iterator[None]:

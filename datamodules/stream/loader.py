@@ -19,6 +19,11 @@ from datamodules.manifest import WrongManifest
 from datamodules.stream.faults import FaultMonitor
 from datamodules.stream.hung import DecodeWatch
 from datamodules.stream.retry import NoBatch, StorageUnavailable
+from datamodules.stream.shared import (
+    full_shared_memory_named,
+    hand_over,
+    refuse_full_shared_memory,
+)
 from datamodules.video.workers import die_with
 
 # Workers share the process group of the trainer. A signal to stop is for the trainer, which still
@@ -85,6 +90,7 @@ class PlaceLoader:
             self.dataset,
             sampler=places,
             batch_size=None,  # a place is a whole batch
+            collate_fn=hand_over,
             num_workers=self.num_workers,
             # a forkserver, the default in a rank that came from one, would be their parent
             multiprocessing_context=self.start_method if self.num_workers else None,
@@ -95,7 +101,7 @@ class PlaceLoader:
         )
         if self.watch is not None:
             self.watch.clear()
-        with signals_held_back():  # the workers inherit this
+        with signals_held_back(), full_shared_memory_named():  # the workers inherit the former
             batches = iter(loader)
         if self.num_workers:
             _leave_deaths_to_the_queue()
@@ -130,6 +136,7 @@ class PlaceLoader:
                 # a dead worker also breaks the pipe on which it handed over its last batch
                 except (RuntimeError, OSError, EOFError) as error:
                     dead = _dead(workers)
+                    refuse_full_shared_memory(error, [workers[number].exitcode for number in dead])
                     if not dead:
                         raise  # what a living worker raised explains itself
                     if ended.issuperset(dead):

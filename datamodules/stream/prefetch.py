@@ -18,6 +18,7 @@ from datamodules.stream.cache import FileCache
 from datamodules.stream.loader import heed_the_trainer_alone, signals_held_back
 from datamodules.stream.order import StreamOrder
 from datamodules.stream.reader import Corpus
+from datamodules.stream.shared import shared_zeros
 from datamodules.stream.stores import is_remote
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class Prefetcher:
 
     def __init__(self, corpus: Corpus, cache: FileCache, upcoming: Upcoming, behind: int) -> None:
         self.corpus, self.cache, self.upcoming, self.behind = corpus, cache, upcoming, behind
-        self._place = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._place = shared_zeros(2)
         self._process: Any = None
         self._name = f"{socket.gethostname()}-{os.getpid()}"
 

@@ -39,12 +39,14 @@ class Machines:
         devices: Processes on each node; under torchrun or srun what they were told.
         nodes: Nodes.
         dtype: A name of `PRECISIONS`.
+        stall_s: Seconds without a batch, or for the metrics, after which a process ends itself.
     """
 
     accelerator: str = "auto"
     devices: int = 1
     nodes: int = 1
     dtype: str = "float32"
+    stall_s: float = 3600.0
 
     def __post_init__(self) -> None:
         if self.devices < 1 or self.nodes < 1:

@@ -30,6 +30,7 @@ from lightning_modules.evaluation.rerank import RerankOptions, RerankPredictor
 from lightning_modules.losses.gather import world_size
 from lightning_modules.models import DualEncoder, VideoClassifier
 from lightning_modules.models.rerank import ReRanker
+from lightning_modules.training.run.stall import StallWatch
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def evaluate(
         benchmark: From `open_benchmark`, as is `corpus`.
         corpus: The shards.
         options: How clips are read and measured.
-        on_progress: Called with the number of this rank's clips just finished.
+        on_progress: Called with the number of this rank's clips just finished; 0 for texts.
 
     Raises:
         ValueError: As `open_engine`, or too many clips are damaged.
@@ -165,6 +166,7 @@ def evaluate(
         on_progress(int(clips.mask.sum()))
     for texts in text_batches(benchmark.prompts, options.batch_size):
         engine.take(texts)
+        on_progress(0)
     return engine.finish()
 
 
@@ -182,6 +184,7 @@ def evaluate_here(
     """
     with (
         machines.processes() as process,
+        StallWatch(machines.stall_s).watching("loading") as watch,
         tqdm(
             total=len(benchmark.clip_ids),
             unit="clip",
@@ -189,12 +192,17 @@ def evaluate_here(
             leave=False,
         ) as bar,
     ):
+
+        def on_progress(clips: int) -> None:
+            watch.mark("evaluating")
+            bar.update(clips * machines.num_processes)
+
         done = evaluate(
             model.to(process.device, machines.weights),
             benchmark,
             corpus,
             options,
-            lambda clips: bar.update(clips * machines.num_processes),
+            on_progress,
         )
         return done if process.is_first else None
 

@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -204,6 +206,30 @@ def test_a_dead_or_stopped_rank_ends_the_run_with_the_laggard_named(zygote, tmp_
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize(("verb", "world"), [("fit", 2), ("test", 2), ("test", 1)])
+def test_a_rank_that_hangs_while_it_loads_ends_the_command(zygote, tmp_path, stopped, verb, world):
+    folder = shutil.copytree(stopped("ddp", 1), tmp_path / "run")
+    trouble = {"where": "load", "rank": world - 1}
+    done = run(zygote, folder, world=world, verb=verb, trouble=trouble, stall_s=2.0)
+    assert 70 in done.codes and 0 not in done.codes, done.text()
+    told = [line for line in done.text().splitlines() if "ending the process" in line]
+    assert told and all("restoring" in line or "loading" in line for line in told), told
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("verb", ["fit", pytest.param("test", marks=SLOW)])
+def test_a_rank_does_not_wait_long_for_one_that_failed(zygote, tmp_path, stopped, verb):
+    """Where no broken connection tells it, as under NCCL."""
+    folder = shutil.copytree(stopped("ddp", 1), tmp_path / "run")
+    trouble = {"where": "fail", "rank": 1}
+    done = run(zygote, folder, verb=verb, trouble=trouble, stall_s=20.0)
+    assert done.codes == [70, 1], done.text()
+    told = "waits in vain, ending the process: rank 1 failed (KeyError: 'on fire')"
+    assert told in done.text()
+    assert "no progress" not in done.text()
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("strategy", "precision"),
     [
@@ -301,3 +327,20 @@ def test_data_that_is_gone_is_a_mistake_at_first_and_a_fault_later(recipe, tmp_p
         assert "Traceback" not in told
         assert f"eva02-at: {kind}" in told.splitlines()[-1]
         assert f"no manifest at {shards}" in told.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "size", ["64k", pytest.param("4k", marks=SLOW), pytest.param("16k", marks=SLOW)]
+)
+def test_a_full_shared_memory_is_named(recipe, tmp_path, size):
+    """What has no room: a table, the queues' semaphores, a batch."""
+    run_dir = f"--run_dir={tmp_path / 'run'}"
+    words = f"fit --config {recipe} {run_dir} --trainer.devices=1 --data.num_workers=1"
+    inner = f"mount -t tmpfs -o size={size} none /dev/shm && exec "
+    inner += f"{sys.executable} -m lightning_modules.cli.main {words}"
+    if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"]).returncode != 0:
+        pytest.skip("a /dev/shm of one's own needs root and mount namespaces")
+    done = subprocess.run(["unshare", "-m", "sh", "-c", inner], capture_output=True, text=True)
+    assert done.returncode == 75, done.stderr
+    (told,) = [line for line in done.stderr.splitlines() if line.startswith("eva02-at: fault")]
+    assert "/dev/shm is full" in told and "--shm-size" in told

@@ -174,6 +174,16 @@ class Trouble(Callback):
         if (place, trainer.global_step, trainer.global_rank) == (self.where, self.at, self.rank):
             os.kill(os.getpid(), self.signum)
 
+    def on_fit_start(self, trainer, module):
+        """`load`: this rank hangs before the first step; `fail`: it fails, and the others hang."""
+        mine = trainer.global_rank == self.rank
+        if self.where == "fail" and mine:
+            raise KeyError("on fire")
+        if (self.where, mine) in (("load", True), ("fail", False)):
+            time.sleep(1000)
+
+    on_test_start = on_fit_start
+
     def on_train_start(self, trainer, module):
         """`call:MODULE.NAME`: that call fails on this rank from step `at` until it has once."""
         if self.where.startswith("call:") and trainer.global_rank == self.rank:

@@ -264,3 +264,19 @@ def test_mistakes_are_one_line(world, tmp_path, capsys):
     for name in other.iterdir():
         name.write_text(name.read_text().replace("P01_01_", "P09_01_"))
     refused("none of the 5 clips", *mir, "--annotations", other)
+
+
+HANGS = """
+import time
+from types import SimpleNamespace
+from lightning_modules.evaluation.processes import Machines
+from lightning_modules.evaluation.run import evaluate_here
+model = SimpleNamespace(to=lambda *place: time.sleep(1000))
+evaluate_here(model, SimpleNamespace(clip_ids=[]), None, None, Machines("cpu", stall_s=1.0))
+"""
+
+
+def test_an_evaluation_that_hangs_while_it_loads_ends() -> None:
+    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True)
+    assert done.returncode == 70, done.stderr
+    assert "ending the process; it was loading" in done.stderr
