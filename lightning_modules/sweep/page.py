@@ -103,7 +103,7 @@ def _charts(table: Table) -> str:
                 curves.setdefault(cell.run, []).append(Point(cell.step, figure))
         if any(len(points) > 1 for points in curves.values()):
             caption = f"{html.escape(metric)} <span>{html.escape(column)}</span>"
-            drawn = _chart(curves, colours)
+            drawn = _chart(curves, colours, f"{metric} of {column} over training steps")
             charts.append(f"<figure><figcaption>{caption}</figcaption>{drawn}</figure>")
     if not charts:
         return ""
@@ -134,14 +134,15 @@ class _Scale:
         return _HEIGHT - _BOTTOM - (value - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
 
 
-def _chart(curves: Mapping[str, Sequence[Point]], colours: Mapping[str, str]) -> str:
+def _chart(curves: Mapping[str, Sequence[Point]], colours: Mapping[str, str], title: str) -> str:
     steps = [p.step for points in curves.values() for p in points]
     values = [v for points in curves.values() for p in points for v in _extent(p.figure)]
     marks = ticks(min(values), max(values))
     scale = _Scale((min(steps), max(steps)), (marks[0], marks[-1]))
     parts = [_grid(marks, scale)]
     parts += [_curve(run, points, colours[run], scale) for run, points in curves.items()]
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
+    frame = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(title)}"'
+    return f"<svg {frame}>{''.join(parts)}</svg>"
 
 
 def _extent(figure: Figure) -> list[float]:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from browser_page import check_page, needs_browser
 from conftest import FAST, write_video
 
 from datamodules.manifest import ClipRecord, Manifest
@@ -67,3 +68,10 @@ def test_damage_is_shown_where_it_is(shards: Path) -> None:
     assert text.count("data:image/jpeg;base64,") == 27
     assert "1 of the 10 samples looked at cannot be used" in text
     assert re.search(r'href="#sample-0-1">v_1</a>: checksum', text)
+
+
+@needs_browser
+def test_the_page_in_a_browser(shards: Path) -> None:
+    page = shards.parent / "shards.html"
+    page.write_text(browse_shards(Manifest.load(str(shards)), 10, 1), encoding="utf-8")
+    check_page(page)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser_page import check_page, needs_browser
 from PIL import Image
 
 from lightning_modules.demo.report import DemoResults, gallery_rows, write_report
@@ -272,3 +273,9 @@ def test_matrix_is_sorted_by_verb_on_both_sides() -> None:
     for row in range(3):
         for column in range(3):
             assert tuple(pixels[row, column]) == (yellow if row == column else violet)
+
+
+@needs_browser
+def test_the_report_in_a_browser(results: DemoResults, tmp_path: Path) -> None:
+    rendered(results, tmp_path)
+    check_page(tmp_path / "new" / "report.html")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import socket
 import threading
 import time
 
 import pytest
 import torch
+from browser_page import BROWSER, needs_browser
 from published_layouts import EVA, random_model
 from small_videos import write_video
 
@@ -21,12 +20,6 @@ from lightning_modules.inference.search import open_folder
 
 pytest.importorskip("starlette")
 from lightning_modules.inference.serve import SearchSite
-
-BROWSER = next((p for n in ("chromium", "google-chrome") if (p := shutil.which(n))), None)
-needs_browser = pytest.mark.skipif(
-    BROWSER is None and not os.environ.get("EVA02_AT_REQUIRE_BROWSER"),
-    reason="no chromium here; .ci/install-browser.sh installs it",
-)
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+from browser_page import check_page, needs_browser
 
 from lightning_modules.evaluation.intervals import bootstrap
 from lightning_modules.sweep.page import sweep_page, ticks
@@ -159,3 +161,15 @@ def test_ticks_are_few_round_and_span_the_range(low: float, high: float) -> None
     positions = ticks(low, high)
     assert 2 <= len(positions) <= 8
     assert positions[0] <= low and positions[-1] >= high and positions == sorted(set(positions))
+
+
+@needs_browser
+def test_the_page_in_a_browser(tmp_path: Path) -> None:
+    """With as many columns as three benchmarks have, long names, and what failed."""
+    wide = table()
+    for number, entry in enumerate(wide.entries):
+        more = {f"metric_{k}.v2t": Figure(10.0 * number + k, None, None) for k in range(12)}
+        if not entry.problem:
+            entry.figures.update(more)
+    (tmp_path / "sweep.html").write_text(sweep_page(wide, "Sweep of runs"), encoding="utf-8")
+    check_page(tmp_path / "sweep.html")

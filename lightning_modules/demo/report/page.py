@@ -80,7 +80,7 @@ def write_report(results: DemoResults, path: Path) -> None:
     environment.filters |= {"number": number, "value": value, "duration": duration}
     source = resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
     page = environment.from_string(source).render(
-        base_style=base_style(),
+        base_style=Markup(base_style()),  # its quotes are no text
         metrics=metrics,
         models=_MODELS,
         get=_get,
