@@ -7,6 +7,7 @@ from pathlib import Path
 
 from datamodules.annotations.charades_ego import read_charades_clips, read_charades_tests
 from datamodules.annotations.egoclip import read_egoclip
+from datamodules.annotations.egohoi import read_egohoi_clips
 from datamodules.annotations.egomcq import read_egomcq_clips
 from datamodules.annotations.epic import read_ek100
 from datamodules.annotations.lavila import read_lavila
@@ -28,6 +29,7 @@ FORMATS: dict[str, Callable[[str | Path, Rejects | None], list[ClipRecord]]] = {
     "charades_ego": read_charades_clips,
     "charades_ego_test": read_charades_tests,
     "egomcq": read_egomcq_clips,
+    "egohoi": read_egohoi_clips,
 }
 
 

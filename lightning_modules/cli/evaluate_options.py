@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning_modules.cli.model_options import add_model_options
 from lightning_modules.cli.parser import CommandParser, add_max_missing
 
-BENCHMARKS = ("ek100_mir", "ek100_cls", "egomcq", "charades_ego", "text_video")
+BENCHMARKS = ("ek100_mir", "ek100_cls", "egomcq", "egohoi", "charades_ego", "text_video")
 DTYPES = ("float32", "bfloat16", "bf16-mixed")
 
 
@@ -31,7 +31,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
         required=True,
         metavar="MANIFEST",
         help="manifest of the benchmark's clips, or its folder: `eva02-at shards build` with the "
-        "format ek100, egomcq, charades_ego_test or csv",
+        "format ek100, egomcq, egohoi, charades_ego_test or csv",
     )
     parser.add_argument(
         "--allow-pipe", action="store_true", help="run the command if MANIFEST is pipe:COMMAND"
@@ -48,7 +48,8 @@ def evaluate_parser() -> argparse.ArgumentParser:
         "--annotations",
         type=Path,
         metavar="PATH",
-        help="folder of EK-100's or Charades-Ego's CSVs, or egomcq.json; none for text_video",
+        help="folder of EK-100's or Charades-Ego's CSVs, egomcq.json, EgoHOIBench's "
+        "table or a vocabulary; none for text_video",
     )
     parser.add_argument("--split", help="part of the data; the benchmark's usual one if absent")
     parser.add_argument(

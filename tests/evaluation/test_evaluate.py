@@ -45,6 +45,26 @@ def run(folder: Path, *words: str | Path, shards: str | Path = "shards") -> int:
     return main([*map(str, ["evaluate", *checkpoint, *data, *words])])
 
 
+def test_choices_of_a_vocabulary_on_any_shards(world, tmp_path, capsys):
+    folder, _, texts = world
+    (verb, nouns), sentence = texts[0], "say 0"
+    verbs, noun = [[f"shout {k}"] for k in range(5)], min(nouns)
+    verbs[verb] = [sentence]
+    things = [["loudly"] if k == noun else [f"thing {k}"] for k in range(9)]
+    (tmp_path / "v.json").write_text(json.dumps({"verbs": verbs, "nouns": things}))
+    words = ["--benchmark", "egohoi", "--annotations", tmp_path / "v.json"]
+    saved = ["--json", tmp_path / "r.json", "--prediction", tmp_path / "s.npy"]
+    assert run(folder, *words, *saved) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    rows = np.load(tmp_path / "s.npy")
+    assert len(rows) == result["num_questions"] > 0
+    assert result["num_questions"] + result["num_questions_without_choices"] == NUM_CLIPS
+    right = (rows[:, :1] > rows[:, 1:11]).all(1), (rows[:, :1] > rows[:, 11:]).all(1)
+    for name, hits in zip(("verb", "noun"), right, strict=True):
+        assert result[name] == pytest.approx(100 * hits.mean())
+    capsys.readouterr()
+
+
 def test_the_command_agrees_with_the_protocol(world, tmp_path, capsys):
     folder, videos, texts = world
     words = ["--benchmark", "ek100_mir", "--annotations", folder / "annotations"]

@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from epic_files import write_recognition_split, write_retrieval_split
 from retrieval_protocol import protocol, relevance_of_sets
 
+from datamodules.annotations.formats import read_clips
 from datamodules.manifest import ClipRecord
+from lightning_modules import packaged
 from lightning_modules.cli.parser import share_that_may_miss
+from lightning_modules.demo.world.vocabulary import imperative, reversed_verb
 from lightning_modules.evaluation.benchmarks import BENCHMARKS, BenchmarkData
 from lightning_modules.evaluation.missing import Coverage
 from lightning_modules.evaluation.similarity import dual_softmax
@@ -164,6 +167,106 @@ class TestEgoMCQ:
         video = torch.where(present[:, None], torch.ones(8, 4), torch.nan)
         missing = benchmark.predict(video, torch.ones(3, 4), 1.0).isnan()
         assert missing.nonzero().tolist() == [[1, 4], [2, 4]]
+
+
+HOI = "video_uid\tclip_start\tclip_end\tclip_text\ttag_verb\tverb_neg\tnoun_neg\n"
+
+
+class TestEgoHOIBench:
+    @pytest.fixture
+    def table(self, tmp_path):
+        def row(video, text, verbs, nouns):
+            return f"{video}\t-0.5\t1.5\t{text}\t[3]\t{','.join(verbs)}\t{','.join(nouns)}\n"
+
+        many = [f"#C C lifts {k}" for k in range(12)]
+        path = tmp_path / "hoi.csv"
+        path.write_text(
+            HOI
+            + row("a", "#C C cuts", ["#C C folds", " #C C eats"], ["#C C hits"])
+            + row("b", "#C C cuts", ["#C C folds", "#C C cuts"], many)
+            + row("a", "#C C sees", [" "], many)  # no choice of a verb
+            + row("a", "#C C eats", many, ["#C C hits"])
+        )
+        return path
+
+    def test_choices_are_the_tables_first_ten(self, table):
+        benchmark = BENCHMARKS["egohoi"](BenchmarkData([], table))
+        assert benchmark.clip_ids == ["a:-0.5-1.5", "b:-0.5-1.5"]
+        assert [record.clip_id for record in read_clips(table, "egohoi")] == benchmark.clip_ids
+        assert benchmark.num_without == 1 and benchmark.rows.tolist() == [0, 1, 0]
+        told = [[benchmark.prompts[c] if c >= 0 else "" for c in q] for q in benchmark.choices]
+        assert told[0] == [
+            "#C C cuts",
+            "#C C folds",
+            "#C C eats",
+            *[""] * 8,
+            "#C C hits",
+            *[""] * 9,
+        ]
+        assert told[1][:3] == ["#C C cuts", "#C C folds", ""]  # the caption itself is no choice
+        assert told[1][11:] == told[2][1:11] == [f"#C C lifts {k}" for k in range(10)]
+
+    def test_figures_against_a_loop(self, table):
+        benchmark = BENCHMARKS["egohoi"](BenchmarkData([], table))
+        draw = torch.Generator().manual_seed(1)
+        found = []
+        for _ in range(20):
+            video, text = (
+                F.normalize(torch.randn(n, 3, generator=draw, dtype=torch.float64), dim=1)
+                for n in (2, len(benchmark.prompts))
+            )
+            verbs, nouns = [], []
+            for question in benchmark.questions:
+                clip = video[benchmark.clip_ids.index(question.clip_id)]
+                own, *others = (
+                    [float(clip @ text[benchmark.prompts.index(t)]) for t in texts]
+                    for texts in ([question.text], question.verb_negatives, question.noun_negatives)
+                )
+                verbs.append(all(own[0] > other for other in others[0]))
+                nouns.append(all(own[0] > other for other in others[1]))
+            measured = benchmark.measure(
+                benchmark.predict(video, text, 1.0), torch.ones(2, dtype=torch.bool)
+            )
+            both = [v and n for v, n in zip(verbs, nouns, strict=True)]
+            assert measured.per_query == {"verb": verbs, "noun": nouns, "action": both}
+            assert measured.metrics["action"] == pytest.approx(100 * sum(both) / 3)
+            found += both
+        assert 0 < sum(found) < len(found)
+
+    def test_a_blind_model_is_not_perfect(self, table):
+        benchmark = BENCHMARKS["egohoi"](BenchmarkData([], table))
+        same = benchmark.predict(torch.ones(2, 4), torch.ones(len(benchmark.prompts), 4), 1.0)
+        figures = benchmark.measure(same, torch.ones(2, dtype=torch.bool)).metrics
+        assert (figures["verb"], figures["noun"], figures["action"]) == (0, 0, 0)
+
+    def test_a_missing_clip_takes_its_questions(self, table):
+        benchmark = BENCHMARKS["egohoi"](BenchmarkData([], table))
+        video, present = torch.ones(2, 4), torch.tensor([False, True])
+        prediction = benchmark.predict(
+            torch.where(present[:, None], video, torch.nan),
+            torch.ones(len(benchmark.prompts), 4),
+            1,
+        )
+        assert prediction.isnan().all(1).tolist() == [True, False, True]
+        figures = benchmark.measure(prediction, present).metrics
+        assert (figures["num_questions"], figures["num_missing_clips"]) == (1, 1)
+
+    def test_choices_of_a_vocabulary(self):
+        vocabulary = packaged.folder("configs") / "demo" / "vocabulary.json"
+        records = [
+            ClipRecord(f"{v}", "v", 0.0, 1.0, (imperative(v, [5]),), (v,), (5,)) for v in range(8)
+        ]
+        benchmark = BENCHMARKS["egohoi"](BenchmarkData(records, vocabulary))
+        for verb, question in enumerate(benchmark.questions):
+            others = {imperative(v, [5]) for v in range(8)} - {question.text}
+            assert set(question.verb_negatives) == others and len(others) == 7
+            assert imperative(reversed_verb(verb), [5]) in others
+            assert len(question.noun_negatives) == 10
+        again = BENCHMARKS["egohoi"](BenchmarkData(records[::-1], vocabulary))
+        assert again.questions[::-1] == benchmark.questions
+        nameless = [ClipRecord("0", "v", 0.0, 1.0, ("open it",))]
+        with pytest.raises(ValueError, match="no caption has choices of both kinds"):
+            BENCHMARKS["egohoi"](BenchmarkData(nameless, vocabulary))
 
 
 class TestCharadesEgo:

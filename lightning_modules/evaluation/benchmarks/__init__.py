@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from lightning_modules.evaluation.benchmarks.charades_ego import CharadesEgo
+from lightning_modules.evaluation.benchmarks.egohoi import EgoHOIBench
 from lightning_modules.evaluation.benchmarks.egomcq import EgoMCQ
 from lightning_modules.evaluation.benchmarks.ek100_cls import EK100Recognition
 from lightning_modules.evaluation.benchmarks.ek100_mir import EK100Retrieval
@@ -11,7 +12,14 @@ from lightning_modules.evaluation.interface import Benchmark, BenchmarkData, Mea
 
 BENCHMARKS: dict[str, Callable[[BenchmarkData], Benchmark]] = {
     benchmark.name: benchmark
-    for benchmark in (EK100Retrieval, EK100Recognition, EgoMCQ, CharadesEgo, TextVideoRetrieval)
+    for benchmark in (
+        EK100Retrieval,
+        EK100Recognition,
+        EgoMCQ,
+        EgoHOIBench,
+        CharadesEgo,
+        TextVideoRetrieval,
+    )
 }
 
 __all__ = ["BENCHMARKS", "Benchmark", "BenchmarkData", "Measured"]
