@@ -44,6 +44,7 @@ class Loaded:
         source: The checkpoint found.
         report: What was used of it.
         assumed: What the checkpoint does not tell and was assumed.
+        parts: Of an interpolated model, the checkpoints it lies between, and their weights.
     """
 
     model: Towers
@@ -51,6 +52,7 @@ class Loaded:
     source: CheckpointSource
     report: LoadReport
     assumed: list[str] = field(default_factory=list)
+    parts: list[dict[str, Any]] = field(default_factory=list)
 
     def model_hash(self) -> str:
         """SHA-256 over configuration and weights: equal where the embeddings are."""
@@ -215,11 +217,13 @@ def save_model(loaded: Loaded, output: str | Path) -> Path:
     output = Path(output)
     if output.suffix != ".safetensors":
         raise ValueError(f"output {output} must end in .safetensors")
-    about = {
+    about: dict[str, Any] = {
         "source": loaded.source.path.name,
         "step": loaded.source.step,
         "assumed": loaded.assumed,
     }
+    if loaded.parts:
+        about["parts"] = loaded.parts
     if isinstance(loaded.model, VideoClassifier):
         about["num_classes"] = loaded.model.num_classes
     description = output.with_suffix(".json")

@@ -18,13 +18,27 @@ def _parser() -> argparse.ArgumentParser:
         "Read a checkpoint of any supported kind without running code it may carry, and write "
         "FILE.safetensors with FILE.json, which together rebuild the model.",
     )
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
         "--input",
-        required=True,
         metavar="PATH",
         help="a run's folder (its newest complete checkpoint), one checkpoint's folder, a "
         "Lightning .ckpt, a DeepSpeed folder of any ZeRO stage, or a file of BAAI, open_clip, "
         "OpenAI, AVION or LaViLa; or hf:ORG/NAME[/FILE][@REV] on the Hugging Face Hub",
+    )
+    which.add_argument(
+        "--interpolate",
+        nargs="+",
+        metavar="PATH",
+        help="several checkpoints of one architecture: the weighted mean of their weights (with "
+        "--average, of their moving averages)",
+    )
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        type=float,
+        metavar="W",
+        help="of --interpolate, one a checkpoint; their sum is taken as 1 (equal)",
     )
     parser.add_argument("--output", required=True, metavar="FILE.safetensors", type=Path)
     group = parser.add_argument_group("sharing")
@@ -54,12 +68,20 @@ def main(argv: list[str]) -> int:
         raise ValueError("--private, --licence and --results go with --push")
     if options.push is not None and options.licence is None:
         raise ValueError("--push needs --licence: what the data and the first weights permit")
+    if options.weights and not options.interpolate:
+        raise ValueError("--weights goes with --interpolate A B")
     with importing():
         from lightning_modules.checkpoints.conversion import load_trained, save_model
+        from lightning_modules.checkpoints.interpolation import interpolate
 
-    loaded = load_trained(options.input, **reading(options))
+    paths = options.interpolate or [options.input]
+    parts = [load_trained(path, **reading(options)) for path in paths]
+    loaded = interpolate(parts, options.weights) if options.interpolate else parts[0]
     description = save_model(loaded, options.output)
-    print(f"read {loaded.source.path}: {loaded.report.summary()}")
+    for part in parts:
+        print(f"read {part.source.path}: {part.report.summary()}")
+    for share in loaded.parts:
+        print(f"{share['weight']:.4g} of {share['source']}")
     for assumption in loaded.assumed:
         print(f"assumed {assumption}")
     print(f"wrote {options.output} and {description}")

@@ -308,3 +308,79 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     words = ["--input", str(tmp_path / "m.pt"), "--output", str(tmp_path / "out.pt"), *described]
     assert main(["convert", *words]) == 2
     assert "must end in .safetensors" in capsys.readouterr().err
+
+
+@pytest.fixture
+def two_models(tmp_path: Path) -> list[Path]:
+    paths = []
+    for seed in (0, 1):
+        model = random_model(EVA, seed=seed)
+        path = tmp_path / f"{seed}.safetensors"
+        save_file(model.state_dict(), path)
+        path.with_suffix(".json").write_text(config_to_json(EVA))
+        paths.append(path)
+    return paths
+
+
+def interpolated(output: Path, *words: str | Path) -> dict[str, torch.Tensor]:
+    assert main(["convert", "--output", str(output), "--interpolate", *map(str, words)]) == 0
+    return load_file(output)
+
+
+@pytest.mark.parametrize("weights", [[], ["0.3", "0.7"], ["1", "3"], ["1e-3", "0.7"]])
+def test_a_model_with_itself_is_itself_to_the_bit(tmp_path, two_models, weights):
+    words = ["--weights", *weights] if weights else []
+    mean = interpolated(tmp_path / "mean.safetensors", two_models[0], two_models[0], *words)
+    expected = load_file(two_models[0])
+    assert mean.keys() == expected.keys()
+    assert all(torch.equal(mean[name], expected[name]) for name in mean)
+
+
+@pytest.mark.parametrize(
+    ("weights", "share"), [([], 0.5), (["0.3", "0.7"], 0.7), (["3", "1"], 0.25), (["0", "2"], 1.0)]
+)
+def test_between_two_models_lies_the_arithmetic_mean(tmp_path, two_models, weights, share):
+    words = ["--weights", *weights] if weights else []
+    mean = interpolated(tmp_path / "mean.safetensors", *two_models, *words)
+    one, two = map(load_file, two_models)
+    assert not torch.equal(one["visual.pos_embed"], two["visual.pos_embed"])
+    for name, tensor in mean.items():
+        exact = (1 - share) * one[name].double() + share * two[name].double()
+        # one rounding to fp32, and fp64's own in another order
+        torch.testing.assert_close(tensor.double(), exact, rtol=2**-23, atol=1e-14)
+    told = json.loads((tmp_path / "mean.json").read_text())["parts"]
+    assert [part["weight"] for part in told] == pytest.approx([1 - share, share])
+    assert [part["source"] for part in told] == [str(path) for path in two_models]
+    load_model(tmp_path / "mean.safetensors")
+
+
+def test_models_that_differ_are_refused_by_name(tmp_path, two_models, capsys):
+    other = dataclasses.replace(EVA, vision=dataclasses.replace(EVA.vision, num_frames=3))
+    save_file(random_model(other).state_dict(), tmp_path / "other.safetensors")
+    (tmp_path / "other.json").write_text(config_to_json(other))
+    output = ["--output", str(tmp_path / "o.safetensors")]
+    paths = [str(two_models[0]), str(tmp_path / "other.safetensors")]
+    assert main(["convert", *output, "--interpolate", *paths]) == 2
+    told = capsys.readouterr().err
+    assert f"vision.num_frames {EVA.vision.num_frames} and 3" in told
+    assert not (tmp_path / "o.safetensors").exists()
+    assert main(["convert", *output, "--interpolate", *paths, "--set=vision.num_frames=3"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--interpolate", "0"], "two checkpoints at least"),
+        (["--interpolate", "0", "1", "--weights", "1"], "2 checkpoints and 1 weights given"),
+        (["--interpolate", "0", "1", "--weights", "0", "0"], "not all of them 0"),
+        (["--interpolate", "0", "1", "--weights", "nan", "1"], "none may be negative"),
+        (["--input", "0", "--weights", "1"], "--weights goes with --interpolate"),
+        (["--average", "0", "1"], "--input --interpolate"),
+    ],
+)
+def test_what_cannot_be_interpolated_is_refused(tmp_path, two_models, capsys, words, told):
+    known = {"0": str(two_models[0]), "1": str(two_models[1])}
+    split = words.index("--weights") if "--weights" in words else len(words)
+    words = [known.get(word, word) for word in words[:split]] + words[split:]
+    assert main(["convert", "--output", str(tmp_path / "o.safetensors"), *words]) == 2
+    assert told in capsys.readouterr().err
