@@ -15,7 +15,7 @@ from datamodules.relevance import relevance_matrix
 from datamodules.stream.clips import Narration
 from datamodules.tokenizer import Tokenizer
 from lightning_modules.checkpoints.conversion import load_model
-from lightning_modules.demo.world.vocabulary import NOUNS, VERBS, imperative, is_test_only
+from lightning_modules.demo.world.vocabulary import COLOURS, NOUNS, VERBS, imperative, is_test_only
 
 
 class Probe:
@@ -81,7 +81,7 @@ class Probe:
 
         A clip is compared with a prompt for every verb and noun (`open red box`). The verb with the
         highest mean over nouns, and the noun with the highest mean over verbs, are the answers; a
-        noun counts if it is one of the clip's.
+        noun counts if it is one of the clip's; its colour and its object count by themselves too.
 
         Args:
             shuffled: Put each clip's frames in a random order that is not the true one.
@@ -92,7 +92,9 @@ class Probe:
         scores = self._embed_clips(video) @ self._embed_texts(prompts).T
         table = scores.view(-1, len(VERBS), len(NOUNS))
         verb = table.mean(2).argmax(1) == self.verbs[:, 0]
-        noun = (table.mean(1).argmax(1)[:, None] == self.nouns).any(1)
+        named = table.mean(1).argmax(1)[:, None]
+        held, colours = self.nouns >= 0, len(COLOURS)
+        noun = (named == self.nouns).any(1)
         unseen = torch.tensor(
             [
                 any(is_test_only(int(v), n) for n in row)
@@ -102,6 +104,8 @@ class Probe:
         return {
             "verb": _percent(verb),
             "noun": _percent(noun),
+            "colour": _percent(((named % colours == self.nouns % colours) & held).any(1)),
+            "object": _percent(((named // colours == self.nouns // colours) & held).any(1)),
             "num_unseen": int(unseen.sum()),
             "unseen_verb": _percent(verb[unseen]),
             "unseen_noun": _percent(noun[unseen]),

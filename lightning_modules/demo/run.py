@@ -147,6 +147,10 @@ class Demo:
                 "fine_tuned": plain[kind],
                 "fine_tuned_shuffled_frames": shuffled[kind],
             }
+        metrics["noun_parts"] = {
+            part: {"zero_shot": before[part], "fine_tuned": plain[part]}
+            for part in ("colour", "object")
+        }
         metrics["unseen_pairs"] = {
             "num_clips": plain["num_unseen"],
             "verb_accuracy": plain["unseen_verb"],

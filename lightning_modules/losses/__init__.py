@@ -1,5 +1,6 @@
 """Training losses over the global batch, as plain torch."""
 
+from lightning_modules.losses.combined import ContrastiveMultiSimilarityLoss
 from lightning_modules.losses.contrastive import EgoNCELoss, EgoNCEPlusPlusLoss, InfoNCELoss
 from lightning_modules.losses.gather import gather_ids, gather_no_gradient, gather_with_gradient
 from lightning_modules.losses.margin import (
@@ -12,6 +13,7 @@ from lightning_modules.losses.sigmoid import SigLIPLoss
 
 __all__ = [
     "AdaptiveMaxMarginLoss",
+    "ContrastiveMultiSimilarityLoss",
     "EgoNCELoss",
     "EgoNCEPlusPlusLoss",
     "HardLabelMultiSimilarityLoss",

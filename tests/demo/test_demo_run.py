@@ -34,6 +34,9 @@ def test_the_demo_runs_from_videos_to_report(tmp_path: Path, capsys) -> None:
     for kind in ("verb", "noun"):
         accuracy = metrics[f"{kind}_accuracy"]
         assert set(accuracy) == {"chance", "zero_shot", "fine_tuned", "fine_tuned_shuffled_frames"}
+    for part in ("colour", "object"):  # a noun that is named right is so in both
+        after = metrics["noun_parts"][part]["fine_tuned"]
+        assert metrics["noun_accuracy"]["fine_tuned"] <= after <= 100
     assert metrics["data"]["pretrain_clips"] == 24
     assert metrics["data"]["test_clips"] == 12
     assert metrics["seed"] == 5

@@ -68,6 +68,10 @@ def info_nce(video, text, temperature=0.05):
     return sum(terms) / len(terms)
 
 
+def sms_and_info_nce(video, text, relevance, weight=0.3, temperature=0.2):
+    return sms(video, text, relevance) + weight * info_nce(video, text, temperature)
+
+
 def siglip(video, text, log_scale, bias):
     """-1/B sum_ij log sigmoid(z_ij (t x_i . y_j + b))."""
     total = 0

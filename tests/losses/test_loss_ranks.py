@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_modules import collectives
 from lightning_modules.losses import (
     AdaptiveMaxMarginLoss,
+    ContrastiveMultiSimilarityLoss,
     EgoNCELoss,
     EgoNCEPlusPlusLoss,
     InfoNCELoss,
@@ -33,6 +34,7 @@ LOSSES = {
     "max_margin": MaxMarginLoss(),
     "adaptive": AdaptiveMaxMarginLoss(),
     "sms": SymmetricMultiSimilarityLoss(),
+    "sms_and_info_nce": ContrastiveMultiSimilarityLoss(weight=0.2),
     "sms_rows": SymmetricMultiSimilarityLoss(),
 }
 

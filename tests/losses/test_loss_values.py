@@ -11,6 +11,7 @@ from datamodules.batch import pad_class_ids
 from datamodules.relevance import relevance_matrix
 from lightning_modules.losses import (
     AdaptiveMaxMarginLoss,
+    ContrastiveMultiSimilarityLoss,
     EgoNCELoss,
     EgoNCEPlusPlusLoss,
     HardLabelMultiSimilarityLoss,
@@ -69,6 +70,7 @@ MARGIN_CASES = [
         pair_loops.sms,
         {"margin": 0.3, "relaxation": 0.05, "threshold": 1.1 / 240},
     ),
+    (ContrastiveMultiSimilarityLoss(weight=0.3, temperature=0.2), pair_loops.sms_and_info_nce, {}),
 ]
 
 
@@ -306,6 +308,7 @@ def test_a_frozen_tower_gets_no_gradient():
         ),
         (lambda v, t: SymmetricMultiSimilarityLoss(threshold=0.0), "threshold must be positive"),
         (lambda v, t: SymmetricMultiSimilarityLoss(relaxation=-0.1), "may not be negative"),
+        (lambda v, t: ContrastiveMultiSimilarityLoss(weight=-1), "weight -1 of InfoNCE given"),
     ],
 )
 def test_bad_arguments_are_refused(call, message):

@@ -16,6 +16,7 @@ from lightning_modules.demo.report.charts import Curve, line_chart, read_series,
 from lightning_modules.demo.report.gallery import gallery
 from lightning_modules.demo.report.matrices import colour_scale, matrix_picture
 from lightning_modules.demo.report.results import DemoResults
+from lightning_modules.demo.report.words import changes
 from lightning_modules.pages import base_style
 
 _MODELS = {"random": "random", "zero_shot": "zero-shot", "fine_tuned": "fine-tuned"}
@@ -84,6 +85,7 @@ def write_report(results: DemoResults, path: Path) -> None:
         metrics=metrics,
         models=_MODELS,
         get=_get,
+        changes=changes(metrics),
         ratio=_ratio(metrics, "map", "fine_tuned"),
         scores={name: _score_bars(metrics, name) for name in ("map", "ndcg")},
         accuracies={kind: _accuracy_bars(metrics, f"{kind}_accuracy") for kind in ("verb", "noun")},
