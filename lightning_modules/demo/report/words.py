@@ -22,7 +22,8 @@ def changes(metrics: dict[str, Any]) -> list[str]:
     Args:
         metrics: What `metrics.json` holds; what it lacks is not told of.
     """
-    gained, lost = [], []
+    gained: list[str] = []
+    lost: list[str] = []
     for name, (before, after) in _FIGURES.items():
         old, new = _at(metrics, before), _at(metrics, after)
         if old is None or new is None or abs(new - old) < _SAME:
