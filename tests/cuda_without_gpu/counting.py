@@ -153,7 +153,7 @@ class Counting(TorchDispatchMode):
                 f"{name} of a tensor on {tensors[0].device} on the default group, which is NCCL "
                 f"on GPUs: it takes CUDA tensors only ({_place()})"
             )
-        sent = sum(t.numel() * t.element_size() for t in tensors)
+        sent = 0 if name == "recv" else sum(t.numel() * t.element_size() for t in tensors)
         dtypes = "+".join(sorted({_name(t.dtype) for t in tensors}))
         self.counts.collectives.append(Collective(name, dtypes, sent, self.phase))
         work = FakeWork().boxed()
@@ -180,7 +180,10 @@ class Counting(TorchDispatchMode):
                     self.counts.made[key] += 1
 
 
-_WORK_ALONE = {"c10d::barrier", "c10d::alltoall_base_", "c10d::reduce_", "c10d::gather_"}
+_WORK_ALONE = {
+    f"c10d::{name}"
+    for name in ("barrier", "alltoall_base_", "reduce_", "gather_", "send", "recv_")
+}
 
 
 def _is_group(value: torch.ScriptObject) -> bool:
