@@ -181,8 +181,7 @@ class Counting(TorchDispatchMode):
 
 
 _WORK_ALONE = {
-    f"c10d::{name}"
-    for name in ("barrier", "alltoall_base_", "reduce_", "gather_", "send", "recv_")
+    f"c10d::{name}" for name in ("barrier", "alltoall_base_", "reduce_", "gather_", "send", "recv_")
 }
 
 

@@ -58,7 +58,7 @@ from lightning_modules.training.run import agreement
 from lightning_modules.training.run.watchdog import StallWatchdog
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("pretrain", "mir", "charades_ego", "recognition")
+ROOMS = ("pretrain", "mir", "charades_ego", "recognition")  # a re-ranker mines by values
 RANKS = (1, 8, 64, 512)
 PAIRS = 4  # of a rank
 TOKENS = 32
@@ -189,6 +189,9 @@ def count_step(
             plant(module)
         batch = batch_of(PAIRS, vision.num_frames, vision.image_size)
         batch.even = True  # as `TrainStream` guarantees
+        if (negatives := cli.datamodule.hard_negatives) is not None:
+            count = negatives.num_verbs + negatives.num_nouns
+            batch.negative_tokens = torch.ones(PAIRS, count, TOKENS, dtype=torch.int64)
         batch.same_text_widths = isinstance(cli.datamodule, RetrievalDataModule)
         with contextlib.suppress(EndOfCount):
             cli.trainer.fit(module, train_dataloaders=Batches(batch))
