@@ -33,12 +33,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "datamodules": ("datamodules",),
     "lightning_modules.packaged": (),
-    "lightning_modules.zoo": ("datamodules.files",),
-    "lightning_modules.sharing": ("lightning_modules.checkpoints", "lightning_modules.sweep.table"),
     "lightning_modules.models": ("kernels",),
     "lightning_modules.collectives": (),
     "lightning_modules.losses": ("lightning_modules.collectives",),
     "lightning_modules.metrics": (),
+    "lightning_modules.checkpoints.sharing": (
+        "lightning_modules.checkpoints",
+        "lightning_modules.sweep.table",
+    ),
     "lightning_modules.checkpoints": (
         "datamodules.files",
         "lightning_modules.models",

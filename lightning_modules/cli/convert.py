@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
         print(f"assumed {assumption}")
     print(f"wrote {options.output} and {description}")
     if options.push is not None:
-        from lightning_modules.sharing import model_card, push_model
+        from lightning_modules.checkpoints.sharing import model_card, push_model
 
         card = model_card(options.push, loaded, options.licence, options.results)
         commit = push_model(options.push, options.output, card, private=options.private)

@@ -7,11 +7,11 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from lightning_modules.checkpoints.zoo import checkpoint_of, find_entry
 from lightning_modules.cli.evaluate_options import evaluate_parser
 from lightning_modules.cli.model_options import reading
 from lightning_modules.cli.startup import importing
 from lightning_modules.training.closing import close
-from lightning_modules.zoo import checkpoint_of, find_entry
 
 if TYPE_CHECKING:
     from lightning_modules.evaluation.rerank import RerankOptions

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
+from lightning_modules.checkpoints.zoo import ZooEntry, find_entry, zoo
 from lightning_modules.cli.parser import CommandParser
 from lightning_modules.training.closing import close
-from lightning_modules.zoo import ZooEntry, find_entry, zoo
 
 _READ = {"yes": "read", "start": "to start from", "no": "not read"}
 

@@ -16,7 +16,7 @@ from datamodules.stream.reader import Corpus, SampleReader
 from datamodules.stream.retry import Retry, StorageUnavailable
 from datamodules.stream.stores import Fetcher, read_bytes
 
-QUICK = Retry(patience_s=60.0, first_s=0.05, longest_s=0.5)
+QUICK = Retry(patience_s=200.0, first_s=0.05, longest_s=0.5)
 
 
 @pytest.fixture
@@ -59,11 +59,12 @@ def rank_batches(rank: int, location: str, cache_dir: str | None, num_workers: i
 
 
 @pytest.mark.distributed
-def test_two_ranks_under_faults_see_the_batches_of_local_files(store, shards, tmp_path):
+@pytest.mark.parametrize("away_s", [2.0, pytest.param(60.0, marks=pytest.mark.slow)])
+def test_two_ranks_under_faults_see_the_batches_of_local_files(store, shards, tmp_path, away_s):
     place = store.upload(shards, "set")
     expected = run_ranks(2, rank_batches, str(shards), None, 0)
     store.throttled, store.cut, store.latency_s = 0.3, 0.3, 0.05
-    pause = threading.Timer(0.2, store.away, [2.0])
+    pause = threading.Timer(0.2, store.away, [away_s])
     pause.start()
     found = run_ranks(2, rank_batches, place, str(tmp_path), 1)
     pause.join()

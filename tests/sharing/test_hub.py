@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from lightning_modules.checkpoints.conversion import save_model
 from lightning_modules.checkpoints.hub import HubAddress
+from lightning_modules.checkpoints.sharing import model_card
 from lightning_modules.checkpoints.source import find_checkpoint
 from lightning_modules.cli.main import main
 from lightning_modules.models import (
@@ -26,7 +27,6 @@ from lightning_modules.models import (
     TextConfig,
     VisionConfig,
 )
-from lightning_modules.sharing import model_card
 from lightning_modules.sweep.discovery import find_checkpoints, plan_cells
 
 TOKEN = "hf_ThisMustNeverBeSeenAnywhere"

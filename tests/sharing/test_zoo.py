@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_modules import zoo as zoo_module
+from lightning_modules.checkpoints import zoo as zoo_module
 from lightning_modules.checkpoints.hub import HubAddress
 from lightning_modules.checkpoints.model_config import with_settings
+from lightning_modules.checkpoints.zoo import ZooEntry, checkpoint_of, zoo
 from lightning_modules.cli.evaluate_options import BENCHMARKS
 from lightning_modules.cli.main import main
 from lightning_modules.cli.zoo import markdown
 from lightning_modules.models import PRESETS
-from lightning_modules.zoo import ZooEntry, checkpoint_of, zoo
 
 PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
 
