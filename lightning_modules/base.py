@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -170,6 +171,16 @@ class DualEncoderModule(TrainedModule):
                 "model.micro_batch to null, or use ZeRO 2"
             )
         return encode_in_micro_batches(encode, batch.video, tokens, self.micro_batch)
+
+    def call_loss(self, *tensors: Tensor, **offered: Any) -> Tensor:
+        """The loss of a batch: of what is offered by name it gets what its `forward` names.
+
+        A user's own need not know of what others want.
+        """
+        parameters = inspect.signature(self.loss.forward).parameters
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        named = {k: v for k, v in offered.items() if takes_all or k in parameters}
+        return self.loss(*tensors, **named)
 
     def log_loss(self, loss: Tensor, logit_scale: Tensor, batch_size: int) -> Tensor:
         """Log a training step; returns the loss to minimise.

@@ -60,15 +60,13 @@ class EvaluatedModule(LightningModule):
         self, batch: ClipBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Take one batch of clips or of sentences."""
-        assert self._engine is not None
-        self._engine.take(batch)
+        self._take(batch)
 
     def test_step(
         self, batch: ClipBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Take one batch of clips or of sentences."""
-        assert self._engine is not None
-        self._engine.take(batch)
+        self._take(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Measure what was taken, and log it."""
@@ -80,7 +78,8 @@ class EvaluatedModule(LightningModule):
 
     def _open(self, stage: str) -> Engine | None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        split = data.eval_split(stage)
+        # a user's own datamodule need not have it
+        split = data.eval_split(stage) if hasattr(data, "eval_split") else None
         if split is None:
             return None
         if stage not in self._benchmarks:
@@ -88,6 +87,15 @@ class EvaluatedModule(LightningModule):
             self._benchmarks[stage] = self.benchmark(split, records), records
         benchmark, records = self._benchmarks[stage]
         return Engine(benchmark, records, self.predictor(), max_missing=data.max_missing)
+
+    def _take(self, batch: ClipBatch | TextBatch) -> None:
+        if self._engine is None:
+            data = type(self.trainer.datamodule).__name__  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{data} gives batches to evaluate but no `eval_split`, which says what they are "
+                "of (datamodules/module.py has one); leave its loaders away, or write one"
+            )
+        self._engine.take(batch)
 
     def _conclude(self, stage: str, limit_batches: float) -> None:
         engine, self._engine = self._engine, None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from datamodules.batch import ClipBatch
 from lightning_modules.base import DualEncoderModule
-from lightning_modules.losses import EgoNCELoss, EgoNCEPlusPlusLoss, SigLIPLoss
+from lightning_modules.losses import EgoNCELoss, EgoNCEPlusPlusLoss
 
 
 class PretrainModule(DualEncoderModule):
@@ -24,10 +24,8 @@ class PretrainModule(DualEncoderModule):
         if isinstance(self.loss, EgoNCELoss):
             classes = batch.verb_classes, batch.noun_classes
             loss = self.loss(video, text, *classes, logit_scale=logit_scale, even=batch.even)
-        elif isinstance(self.loss, SigLIPLoss):
-            loss = self.loss(video, text, even=batch.even)
         else:
-            loss = self.loss(video, text, logit_scale=logit_scale, even=batch.even)
+            loss = self.call_loss(video, text, logit_scale=logit_scale, even=batch.even)
         return self.log_loss(loss, logit_scale, len(batch))
 
     def _step_with_negatives(self, batch: ClipBatch, criterion: EgoNCEPlusPlusLoss) -> Tensor:

@@ -28,5 +28,5 @@ class RetrievalModule(DualEncoderModule):
         video, text, logit_scale = self(batch)
         # (B_local, B_global): this rank's clips, everybody's texts
         relevance = relevance_matrix(batch.verb_classes, batch.noun_classes, *texts())
-        loss = self.loss(video, text, relevance, even=batch.even)
+        loss = self.call_loss(video, text, relevance, even=batch.even)
         return self.log_loss(loss, logit_scale, len(batch))

@@ -153,8 +153,8 @@ def _figure(trainer: Trainer) -> str:
 
 def _following(trainer: Trainer, run: Path) -> str:
     """The command for what a run has become; one without data to test on is used as it is."""
-    split = getattr(trainer.datamodule, "eval_split", None)  # type: ignore[attr-defined]
-    if split is not None and split("test") is None:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if data is not None and (not hasattr(data, "eval_split") or data.eval_split("test") is None):
         return f"eva02-at convert --input {run} --output {run / 'model.safetensors'}"
     return f"eva02-at test --config {run / 'config.yaml'} --run_dir={run}"
 
