@@ -11,8 +11,8 @@ from datamodules.stream.stores import is_remote
 
 _SHARDS = "`eva02-at shards build` writes it"
 _WEIGHTS = (
-    "where public weights come from is in docs/zoo.md; --model.init_args.init_checkpoint=null "
-    "starts from none"
+    "where public weights come from is in docs/downloads.md; "
+    "--model.init_args.init_checkpoint=null starts from none"
 )
 _VALIDATION = "to train without validation: --data.init_args.val=null"
 
