@@ -203,3 +203,18 @@ def test_a_reranker_is_no_model_by_itself(world, reranker, capsys):
     given = [w for w in given if w not in ("--config", str(world[0] / "m.json"))]
     assert main(given) == 2
     assert "is a re-ranker, which is no model by itself" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_sweep_takes_evaluates_words(world, reranker, one, tmp_path):
+    """The checkpoint is converted on the way: the re-ranker knows its weights all the same."""
+    folder, out = world[0], tmp_path / "sweep"
+    data = f"--shards {folder / 'shards'} --annotations {folder / 'annotations'}"
+    how = "--accelerator cpu --workers 0 --batch-size 3"
+    benchmark = f"ek100_mir {data} {how} --rerank {reranker} --top 3 --blend 1"
+    given = ["sweep", "--checkpoints", folder / "m.pt", "--config", folder / "m.json"]
+    assert main([*map(str, [*given, "--benchmark", benchmark, "--output", out])]) == 0
+    (result,) = (out / "results").glob("*.json")
+    content = json.loads(result.read_text())["result"]
+    assert content["num_pairs_reranked"] == one[1].num_pairs
+    assert content["map"]["v2t"] == pytest.approx(one[2]["map_v2t"], abs=1e-6)

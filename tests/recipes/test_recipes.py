@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from datamodules.batch import ClipBatch
 from lightning_modules.checkpoints.model_config import config_to_json
+from lightning_modules.cli.main import main
 from lightning_modules.models import DualEncoder, ModelConfig
 from lightning_modules.training.recipe import RecipeCLI, build_cli
 
@@ -184,3 +185,11 @@ def test_a_value_that_a_class_refuses_is_one_line(word: str, told: str):
     with pytest.raises(ValueError) as error:
         parse(ROOT / "configs" / "mir" / "eva02_at_base_sms.yaml", words=[word])
     assert str(error.value).startswith(told) and "\n" not in str(error.value)
+
+
+def test_what_a_reranker_lacks_is_named(tmp_path: Path, capsys: pytest.CaptureFixture):
+    words = ["--config=rerank/eva02_at_base_sms", "--trainer.accelerator=cpu"]
+    assert main(["fit", *words, f"--run_dir={tmp_path}", "--trainer.precision=32"]) == 2
+    assert "no dual encoder at runs/eva02_at_base_sms/checkpoints" in capsys.readouterr().err
+    assert main(["plan", "--config=rerank/eva02_at_base_sms"]) == 2
+    assert "this recipe trains a re-ranker" in capsys.readouterr().err
