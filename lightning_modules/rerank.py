@@ -89,7 +89,17 @@ class RerankModule(TrainedModule):
         rank_zero_info(f"dual encoder of {loaded.source.path}: {loaded.report.summary()}")
 
     def on_fit_start(self) -> None:
-        """Look at the encoder and the data before hours of training."""
+        """Look at the encoder and the data before hours of training.
+
+        Raises:
+            ValueError: The head is another encoder's, or its weights are spread by ZeRO 3.
+        """
+        if getattr(self.trainer.strategy, "zero_stage_3", False):
+            raise ValueError(
+                "ZeRO 3 gathers weights at each call, on all ranks together, and ranks look at "
+                "different numbers of pairs; a re-ranker's head is small: train it with ddp, zero1 "
+                "or zero2 (configs/strategy)"
+            )
         self._adopt()
         super().on_fit_start()
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_modules.models.config import DualEncoderConfig
+from lightning_modules.models.config import DualEncoderConfig, VisionConfig
 from lightning_modules.models.dual_encoder import DualEncoder
 from lightning_modules.models.layers import Norm, compute_dtype, init_layers
 
@@ -99,6 +99,53 @@ class _MatchBlock(nn.Module):
         return x.transpose(1, 2).flatten(2)
 
 
+class Places(nn.Module):
+    """What is kept of clips: patches averaged over windows, in the head's width.
+
+    Raises:
+        ValueError: The window does not divide the grid of patches.
+    """
+
+    def __init__(self, config: RerankConfig, vision: VisionConfig) -> None:
+        super().__init__()
+        rows, self.window = vision.grid[0], config.window
+        if rows % config.window:
+            raise ValueError(
+                f"window {config.window} of the re-ranker does not divide the {rows} x {rows} "
+                "patches of a frame"
+            )
+        self.num_frames = vision.num_frames
+        self.norm = Norm(vision.width, eps=_EPS)
+        self.proj = nn.Linear(vision.width, config.width)
+        self.frame_embed = nn.Parameter(torch.empty(vision.num_frames, 1, config.width))
+        self.window_embed = nn.Parameter(torch.empty((rows // config.window) ** 2, config.width))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Reduce patches.
+
+        Args:
+            patches: (C, T, N, D), of `VideoEncoder.with_patches`.
+
+        Returns:
+            (C, M, W).
+
+        Raises:
+            ValueError: Another number of frames than the head knows.
+        """
+        if patches.shape[1] != self.num_frames:
+            raise ValueError(
+                f"clips of {patches.shape[1]} frames given; the re-ranker was trained on "
+                f"{self.num_frames}"
+            )
+        window, x = self.window, patches.to(compute_dtype(self.proj.weight))
+        if window > 1:
+            side = round(x.shape[2] ** 0.5)
+            x = x.unflatten(2, (side // window, window, side // window, window))
+            x = x.mean(dim=(3, 5)).flatten(2, 3)
+        x = self.proj(self.norm(x))
+        return (x + self.frame_embed + self.window_embed).flatten(1, 2)
+
+
 class ReRanker(nn.Module):
     """The head alone; the tokens are a dual encoder's, which it keeps the fingerprint of.
 
@@ -113,17 +160,7 @@ class ReRanker(nn.Module):
     def __init__(self, config: RerankConfig, dual: DualEncoderConfig) -> None:
         super().__init__()
         self.config, self.dual = config, dual
-        rows = dual.vision.grid[0]
-        if rows % config.window:
-            raise ValueError(
-                f"window {config.window} of the re-ranker does not divide the {rows} x {rows} "
-                "patches of a frame"
-            )
-        num_places = (rows // config.window) ** 2
-        self.patch_norm = Norm(dual.vision.width, eps=_EPS)
-        self.patch_proj = nn.Linear(dual.vision.width, config.width)
-        self.frame_embed = nn.Parameter(torch.empty(dual.vision.num_frames, 1, config.width))
-        self.place_embed = nn.Parameter(torch.empty(num_places, config.width))
+        self.places = Places(config, dual.vision)
         self.word_norm = Norm(dual.text.width, eps=_EPS)
         self.word_proj = nn.Linear(dual.text.width, config.width)
         self.query = nn.Parameter(torch.empty(1, 1, config.width))
@@ -137,37 +174,12 @@ class ReRanker(nn.Module):
     def init_weights(self) -> None:
         """Initialise every parameter."""
         init_layers(self)
-        for parameter in (self.frame_embed, self.place_embed, self.query):
+        for parameter in (self.places.frame_embed, self.places.window_embed, self.query):
             nn.init.trunc_normal_(parameter, std=0.02)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the positions; what has one axis decays nowhere."""
-        return {"frame_embed", "place_embed", "query"}
-
-    def places(self, patches: Tensor) -> Tensor:
-        """What is kept of clips.
-
-        Args:
-            patches: (C, T, N, D), of `VideoEncoder.with_patches`.
-
-        Returns:
-            (C, M, W).
-
-        Raises:
-            ValueError: Another number of frames than the head knows.
-        """
-        frames, window = len(self.frame_embed), self.config.window
-        if patches.shape[1] != frames:
-            raise ValueError(
-                f"clips of {patches.shape[1]} frames given; the re-ranker was trained on {frames}"
-            )
-        x = patches.to(compute_dtype(self.patch_proj.weight))
-        if window > 1:
-            side = round(x.shape[2] ** 0.5)
-            x = x.unflatten(2, (side // window, window, side // window, window))
-            x = x.mean(dim=(3, 5)).flatten(2, 3)
-        x = self.patch_proj(self.patch_norm(x))
-        return (x + self.frame_embed + self.place_embed).flatten(1, 2)
+        return {"places.frame_embed", "places.window_embed", "query"}
 
     def words(self, tokens: Tensor) -> Tensor:
         """(P, L, D), of `TextEncoder.with_words`, to (P, L, W)."""

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_modules.checkpoints.model_config import config_to_json
+from lightning_modules.checkpoints.source import find_checkpoint
 from lightning_modules.models import DualEncoder, ModelConfig
 
 TINY = {"preset": "eva02_at_tiny", "embed_dim": 32, "num_frames": 2, "image_size": 32}
@@ -39,10 +40,11 @@ def rerank_recipe(recipe, tmp_path_factory):
     return file
 
 
-def words(recipe, folder, *more, world=2):
-    strategy = ["--config", "configs/strategy/ddp.yaml"] if world > 1 else []
-    words = ["fit", "--config", str(recipe), *strategy, f"--trainer.devices={world}"]
-    return [*words, f"--run_dir={folder}", "--trainer.precision=32-true", *more]
+def words(recipe, folder, *more, world=2, strategy="ddp"):
+    overlay = ["--config", f"configs/strategy/{strategy}.yaml"] if world > 1 else []
+    precision = "32-true" if strategy == "ddp" else "bf16-mixed"
+    words = ["fit", "--config", str(recipe), *overlay, f"--trainer.devices={world}"]
+    return [*words, f"--run_dir={folder}", f"--trainer.precision={precision}", *more]
 
 
 def losses(folder):
@@ -51,13 +53,15 @@ def losses(folder):
 
 
 @pytest.mark.distributed
-def test_a_stopped_reranker_goes_on_exactly(zygote, tmp_path, rerank_recipe):
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
+def test_a_stopped_reranker_goes_on_exactly(zygote, tmp_path, rerank_recipe, strategy):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    done = zygote.start(tmp_path / "whole.txt", world=2, argv=words(rerank_recipe, whole))
+    argv = words(rerank_recipe, whole, strategy=strategy)
+    done = zygote.start(tmp_path / "whole.txt", world=2, argv=argv)
     assert done.wait() == [0, 0], done.text()
     assert len(losses(whole)) == 12
 
-    argv = words(rerank_recipe, parts)
+    argv = words(rerank_recipe, parts, strategy=strategy)
     started = zygote.start(tmp_path / "parts.txt", world=2, argv=argv)
     deadline = time.monotonic() + 120
     while not (parts / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
@@ -68,8 +72,8 @@ def test_a_stopped_reranker_goes_on_exactly(zygote, tmp_path, rerank_recipe):
     done = zygote.start(tmp_path / "parts.txt", world=2, argv=argv)
     assert done.wait() == [0, 0], done.text()
     assert losses(parts) == losses(whole)
-    last = "checkpoints/step-00000012/state"
-    states = [torch.load(run / last, weights_only=False)["state_dict"] for run in (whole, parts)]
+    last = "checkpoints/step-00000012"
+    states = [find_checkpoint(run / last).read_module() for run in (whole, parts)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not any(name.startswith("_dual") for name in states[0])  # the head alone
 
@@ -87,3 +91,12 @@ def test_two_ranks_train_as_one(zygote, tmp_path, rerank_recipe):
     for (step, loss), (same, other) in zip(one, two, strict=True):
         # sums in another order; Adam makes a whole step of a gradient that is all rounding
         assert step == same and float(loss) == pytest.approx(float(other), abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_zero_3_is_refused_in_words(zygote, tmp_path, rerank_recipe):
+    argv = words(rerank_recipe, tmp_path / "run", strategy="zero3")
+    done = zygote.start(tmp_path / "run.txt", world=2, argv=argv)
+    assert done.wait() == [2, 2], done.text()
+    assert "train it with ddp, zero1 or zero2" in done.text()

@@ -60,8 +60,9 @@ def loop(model: ReRanker, patches, states, tokens, clip: int, text: int):
             for column in (0, 2):
                 mean = grid[row : row + 2, column : column + 2].reshape(4, 96).mean(0)
                 place = len(frames) % 4
-                at = model.patch_proj(model.patch_norm(mean))
-                frames.append(at + model.frame_embed[t, 0] + model.place_embed[place])
+                at = model.places.proj(model.places.norm(mean))
+                where = model.places.frame_embed[t, 0] + model.places.window_embed[place]
+                frames.append(at + where)
     places = torch.stack(frames)
     length = tokens[text].argmax() + 1
     words = model.word_proj(model.word_norm(states[text, :length]))
