@@ -63,6 +63,7 @@ def st_rope_tables(
     theta: float = 1e4,
     reference_grid: int = 16,
     temporal_positions: Sequence[float] | None = None,
+    temporal_stretch: float = 1.0,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> StRopeTables:
@@ -82,6 +83,9 @@ def st_rope_tables(
         theta: Base of the frequencies.
         reference_grid: Grid of EVA-02's pretraining, to which spatial positions are rescaled.
         temporal_positions: T positions; 0..T-1 by default.
+        temporal_stretch: s: the slowest temporal frequency becomes s times as slow, the fastest
+            stays, those between follow (NTK-aware scaling: theta becomes theta * s^(P/(P-1)) of
+            the P pairs that time turns). 1 for none.
         device: Where the tables lie.
         dtype: torch.float64, or torch.float32 where they will never meet float64 inputs.
 
@@ -104,10 +108,20 @@ def st_rope_tables(
     positions = tuple(float(t) for t in (temporal_positions or range(frames)))
     if len(positions) != frames:
         raise ValueError(f"temporal_positions has {len(positions)} entries for {frames} frames")
+    if not temporal_stretch > 0:
+        raise ValueError(f"temporal_stretch is {temporal_stretch}; it must be positive")
     place = torch.device(device) if device is not None else torch.get_default_device()
     rows, columns = grid
     return _cached_tables(
-        (rows, columns), positions, head_dim, mode, theta, reference_grid, place, dtype
+        (rows, columns),
+        positions,
+        head_dim,
+        mode,
+        theta,
+        reference_grid,
+        temporal_stretch,
+        place,
+        dtype,
     )
 
 
@@ -119,6 +133,7 @@ def _cached_tables(
     mode: str,
     theta: float,
     reference_grid: int,
+    temporal_stretch: float,
     device: torch.device,
     dtype: torch.dtype,
 ) -> StRopeTables:
@@ -126,13 +141,17 @@ def _cached_tables(
     with torch.inference_mode(False), torch.no_grad():
         spatial, temporal = (
             torch.stack((angle.cos(), angle.sin()), dim=-1).to(device, dtype)
-            for angle in _angles(grid, positions, head_dim, mode, theta, reference_grid)
+            for angle in _angles(
+                grid, positions, head_dim, mode, theta, reference_grid, temporal_stretch
+            )
         )
         return StRopeTables(spatial, temporal)
 
 
-def _frequencies(pairs: int, theta: float) -> Tensor:
-    """theta^(-i/pairs), i = 0..pairs-1, in float64 on the CPU."""
+def _frequencies(pairs: int, theta: float, stretch: float = 1.0) -> Tensor:
+    """theta^(-i/pairs), i = 0..pairs-1, in float64 on the CPU; the last divided by the stretch."""
+    if stretch != 1.0 and pairs > 1:
+        theta *= stretch ** (pairs / (pairs - 1))
     return theta ** (-torch.arange(pairs, dtype=torch.float64, device="cpu") / pairs)
 
 
@@ -143,6 +162,7 @@ def _angles(
     mode: str,
     theta: float,
     reference_grid: int,
+    temporal_stretch: float,
 ) -> tuple[Tensor, Tensor]:
     """Angles of the spatial (N, P) and the temporal (T, P) factors, float64 on the CPU."""
     pairs = head_dim // 2
@@ -162,9 +182,9 @@ def _angles(
     temporal = torch.zeros(len(positions), pairs, dtype=torch.float64, device="cpu")
     time = torch.tensor(positions, dtype=torch.float64, device="cpu")[:, None]
     if mode == "rotary":
-        temporal[:] = time * _frequencies(pairs, theta)
+        temporal[:] = time * _frequencies(pairs, theta, temporal_stretch)
     elif mode == "split":
-        temporal[:, :time_pairs] = time * _frequencies(time_pairs, theta)
+        temporal[:, :time_pairs] = time * _frequencies(time_pairs, theta, temporal_stretch)
     return spatial.flatten(0, 1), temporal
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 ARCHITECTURES = ("eva02", "clip")
 ACTIVATIONS = ("gelu", "quick_gelu")
 TEMPORAL_MODES = ("none", "learnable", "rotary", "both", "split")
+TIME_SCALINGS = ("linear", "ntk")
 
 # RGB mean and standard deviation of CLIP's training images, on the scale 0..1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -38,8 +39,13 @@ class VisionConfig:
             "both" (the paper's); "split" (as "both", but the head is divided between time, height
             and width as 1/4 : 3/8 : 3/8, CogVideoX's 3D-RoPE).
         reference_grid: Grid to which rotary spatial positions are rescaled.
-        reference_frames: Number of frames to which rotary temporal positions are rescaled (t
-            becomes t * reference_frames / T); None leaves frame indices.
+        reference_frames: Number of frames to which rotary time is fitted, by `time_scaling`; None
+            leaves frame indices.
+        time_scaling: How a clip of T frames is fitted to `reference_frames`: "linear" (t becomes
+            t * reference_frames / T) or "ntk" (frame indices stay, and where T is larger the
+            slowest frequencies become T / reference_frames times as slow, the fastest stay).
+        temporal_init_std: Standard deviation that P_t starts with, where no checkpoint has it. 0
+            leaves an image checkpoint's features at T = 1; the authors' code has 0.02.
         patch_dropout: Share of patches dropped in training, the same ones in all frames of a clip.
         drop_path: Stochastic depth of the last block; it rises linearly from 0 at the first.
     """
@@ -57,6 +63,8 @@ class VisionConfig:
     temporal: str = "both"
     reference_grid: int = 16
     reference_frames: int | None = None
+    time_scaling: str = "linear"
+    temporal_init_std: float = 0.0
     patch_dropout: float = 0.0
     drop_path: float = 0.0
 
@@ -87,6 +95,14 @@ class VisionConfig:
             f"width {self.width} is no multiple of num_heads {self.num_heads}",
         )
         _require(self.num_frames >= 1, f"num_frames is {self.num_frames}; it must be at least 1")
+        _require(
+            self.time_scaling in TIME_SCALINGS,
+            f"time_scaling is {self.time_scaling!r}; one of: {', '.join(TIME_SCALINGS)}",
+        )
+        _require(
+            self.temporal_init_std >= 0,
+            f"temporal_init_std is {self.temporal_init_std}; it may not be negative",
+        )
         for name in ("patch_dropout", "drop_path"):
             value = getattr(self, name)
             _require(0.0 <= value < 1.0, f"{name} is {value}; it must be in [0, 1)")
@@ -221,6 +237,9 @@ def resolve_config(
     num_frames: int | None = None,
     image_size: int | None = None,
     temporal: str | None = None,
+    reference_frames: int | None = None,
+    time_scaling: str | None = None,
+    temporal_init_std: float | None = None,
     activation: str | None = None,
     norm_eps: float | None = None,
     attention_backend: str | None = None,
@@ -247,6 +266,9 @@ def resolve_config(
         "image_size": image_size,
         "num_frames": num_frames,
         "temporal": temporal,
+        "reference_frames": reference_frames,
+        "time_scaling": time_scaling,
+        "temporal_init_std": temporal_init_std,
         "activation": activation,
         "norm_eps": norm_eps,
         "patch_dropout": patch_dropout,
@@ -281,6 +303,9 @@ class ModelConfig:
         image_size: Pixels; null keeps the preset's.
         temporal: "none", "learnable", "rotary", "both" or "split"; null keeps the preset's
             ("both" for EVA02-AT, "learnable" for the CLIP ViT baselines).
+        reference_frames: Frames that rotary time is fitted to; null for frame indices.
+        time_scaling: How: "linear" or "ntk".
+        temporal_init_std: Standard deviation that P_t starts with; the authors' code has 0.02.
         activation: "gelu" or "quick_gelu" in both towers (EVA-02's video tower keeps SwiGLU); null
             keeps the preset's: the weights to start from were trained with it.
         norm_eps: Epsilon of the video tower's LayerNorms; null keeps the preset's.
@@ -296,6 +321,9 @@ class ModelConfig:
     num_frames: int = 4
     image_size: int | None = None
     temporal: str | None = None
+    reference_frames: int | None = None
+    time_scaling: str = "linear"
+    temporal_init_std: float = 0.0
     activation: str | None = None
     norm_eps: float | None = None
     attention_backend: str = "auto"

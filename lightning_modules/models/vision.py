@@ -129,13 +129,15 @@ class VideoEncoder(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initialise every parameter of the tower; the temporal positions start at zero."""
+        """Initialise every parameter of the tower; temporal positions start at zero by default."""
         init_layers(self)
         self.patch_embed.reset_parameters()
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if self.temporal_embed is not None:
             nn.init.zeros_(self.temporal_embed)
+            if self.config.temporal_init_std:
+                nn.init.trunc_normal_(self.temporal_embed, std=self.config.temporal_init_std)
         nn.init.normal_(self.head.weight, std=self.config.width**-0.5)
 
     def forward(self, video: Tensor) -> Tensor:
@@ -188,7 +190,9 @@ class VideoEncoder(nn.Module):
         if config.rotation is None:
             return None
         num_frames = x.shape[1]
-        step = (config.reference_frames or num_frames) / num_frames
+        longer = num_frames / (config.reference_frames or num_frames)
+        linear = config.time_scaling == "linear"
+        step = 1 / longer if linear else 1.0
         return st_rope_tables(
             config.grid,
             num_frames,
@@ -196,6 +200,7 @@ class VideoEncoder(nn.Module):
             mode=config.rotation,
             reference_grid=config.reference_grid,
             temporal_positions=[t * step for t in range(num_frames)],
+            temporal_stretch=1.0 if linear else max(1.0, longer),
             device=x.device,
             dtype=x.dtype if x.dtype == torch.float64 else torch.float32,
         )

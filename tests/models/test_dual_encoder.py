@@ -377,6 +377,58 @@ def test_reference_frames_rescales_rotary_time() -> None:
     torch.testing.assert_close(plain(video[:, :, :2]), rescaled(video[:, :, :2]))
 
 
+@pytest.mark.parametrize("temporal", ["rotary", "split"])
+def test_ntk_scaling_slows_the_slow_and_leaves_the_fast(temporal: str) -> None:
+    """Eight frames for four: the slowest pair turns as if t were halved, the fastest as it did."""
+    frames, head_dim = 8, 64
+    plain, stretched, halved = (
+        st_rope_tables((1, 1), frames, head_dim, mode=temporal, **more).temporal
+        for more in (
+            {},
+            {"temporal_stretch": 2.0},
+            {"temporal_positions": [t / 2 for t in range(frames)]},
+        )
+    )
+    pairs = 32 if temporal == "rotary" else 8
+    torch.testing.assert_close(stretched[:, 0], plain[:, 0])
+    torch.testing.assert_close(stretched[:, pairs - 1], halved[:, pairs - 1])
+    slowdown = [
+        float(torch.atan2(*plain[1, i].flip(0)) / torch.atan2(*stretched[1, i].flip(0)))
+        for i in range(pairs)
+    ]
+    assert slowdown == pytest.approx([2 ** (i / (pairs - 1)) for i in range(pairs)])
+
+
+def test_ntk_scaling_in_the_model() -> None:
+    torch.manual_seed(0)
+    config = replace(VISION, temporal="rotary", num_frames=4, reference_frames=2)
+    plain = randomise(VideoEncoder(replace(config, reference_frames=None), 12)).double().eval()
+    video = clips(frames=4).double()
+    found = {}
+    for scaling in ("linear", "ntk"):
+        other = VideoEncoder(replace(config, time_scaling=scaling), 12).double().eval()
+        other.load_state_dict(plain.state_dict())
+        found[scaling] = other(video)
+        for short in (1, 2):  # no more than the reference: frame indices
+            same = torch.allclose(plain(video[:, :, :short]), other(video[:, :, :short]))
+            assert same or (scaling == "linear" and short == 1)
+    assert not torch.allclose(found["ntk"], found["linear"])
+    assert not torch.allclose(found["ntk"], plain(video))
+
+
+def test_temporal_positions_start_where_the_config_says() -> None:
+    torch.manual_seed(0)
+    start = VideoEncoder(replace(VISION, width=768, num_frames=64, temporal_init_std=0.02), 12)
+    assert start.temporal_embed.std().item() == pytest.approx(0.02, rel=0.05)
+    assert VideoEncoder(VISION, 12).temporal_embed.eq(0).all()
+    for wrong, told in (
+        ({"temporal_init_std": -1.0}, "may not be negative"),
+        ({"time_scaling": "yarn"}, "time_scaling is 'yarn'; one of: linear, ntk"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            replace(VISION, **wrong)
+
+
 def test_weight_decay_and_layer_ids() -> None:
     model = build_dual_encoder(SMALL)
     undecayed = model.no_weight_decay()
