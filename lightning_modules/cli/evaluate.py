@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -81,6 +83,8 @@ def main(argv: list[str]) -> int:
         print(f"{options.checkpoint}: {loaded.report.summary()}", file=sys.stderr)
         if done.second_stage is not None:
             print(done.second_stage, file=sys.stderr)
+        if options.flip:
+            _warn_of_sides(benchmark.prompts)
         print(done.headline, file=sys.stderr)
         print(result)
         files = (options.json, options.prediction, options.submission, options.rerank_scores)
@@ -92,6 +96,20 @@ def main(argv: list[str]) -> int:
         else:
             close("sweep", "--help", wrote=files, told="many checkpoints, one table")
     return 0
+
+
+_SIDE = re.compile(r"\b(left|right|(anti|counter)?-?clockwise)\b", re.IGNORECASE)
+
+
+def _warn_of_sides(prompts: Sequence[str]) -> None:
+    """Say how many texts name a side, which a flipped clip shows the other way round."""
+    named = [text for text in prompts if _SIDE.search(text)]
+    if named:
+        print(
+            f"--flip: {len(named):,} of {len(prompts):,} texts name a side ({named[0]!r}), and a "
+            "flipped clip shows the other one; compare with the figure without --flip",
+            file=sys.stderr,
+        )
 
 
 def _second_look(options: argparse.Namespace) -> RerankOptions | None:

@@ -8,7 +8,15 @@ from pathlib import Path
 from lightning_modules.cli.model_options import add_model_options
 from lightning_modules.cli.parser import CommandParser, add_max_missing
 
-BENCHMARKS = ("ek100_mir", "ek100_cls", "egomcq", "egohoi", "charades_ego", "text_video")
+BENCHMARKS = (
+    "ek100_mir",
+    "ek100_cls",
+    "ek100_bank",
+    "egomcq",
+    "egohoi",
+    "charades_ego",
+    "text_video",
+)
 DTYPES = ("float32", "bfloat16", "bf16-mixed")
 
 

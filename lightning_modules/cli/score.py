@@ -48,6 +48,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SCALE",
         help="score the dual softmax of the matrix times SCALE (not plain retrieval any more)",
     )
+    parser.add_argument(
+        "--bank",
+        nargs="+",
+        metavar="FILE.npy",
+        type=Path,
+        default=[],
+        help="of `evaluate --benchmark ek100_bank --prediction`, one a matrix: lower clips that "
+        "are near every training sentence, by the scale that `tune --bank` chose",
+    )
+    parser.add_argument("--bank-scale", type=float, metavar="SCALE", help="of --bank")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the result to FILE")
     group = parser.add_argument_group("challenge submission")
     group.add_argument(
@@ -87,17 +97,26 @@ def main(argv: list[str]) -> int:
     annotations = RetrievalAnnotations(options.annotations, options.split)
     tuned = None
     matrices, weights, scale = options.similarity, options.weights, options.dual_softmax
+    bank, bank_scale = options.bank, options.bank_scale
     if options.tuned is not None:
-        if weights is not None or scale is not None:
+        if weights is not None or scale is not None or bank_scale is not None:
             raise ValueError("--tuned holds weights and scale: give either it or those")
         tuned = Tuned.load(options.tuned)
         matrices, weights = without_zeros(matrices, tuned.weights)
-        scale = tuned.dual_softmax
+        scale, bank_scale = tuned.dual_softmax, tuned.bank_scale
+        if bank and bank_scale is not None:
+            bank, _ = without_zeros(bank, tuned.weights)
+        elif bank:
+            raise ValueError(f"{options.tuned} found that no bank helps; leave --bank out")
+    if bank_scale is not None and not bank:
+        raise ValueError("a scale of a bank was chosen, and the bank is missing: give --bank")
     done = score_saved(
         matrices,
         annotations,
         weights=weights,
         scale=scale,
+        bank=bank,
+        bank_scale=bank_scale,
         max_missing=0.0 if options.submission else options.max_missing,
     )
     if options.submission is not None:

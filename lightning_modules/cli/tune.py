@@ -45,6 +45,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also try dual softmax, which looks at all queries at once; the result says so",
     )
+    parser.add_argument(
+        "--bank",
+        action="store_true",
+        help="also try the normalisation by a bank of training sentences (QB-Norm)",
+    )
     return parser
 
 
@@ -69,11 +74,15 @@ def main(argv: list[str]) -> int:
         options.split,
         objective=options.objective,
         transductive=options.transductive,
+        bank=options.bank,
     )
     tuned.save(options.output)
     for path, weight, before in zip(options.similarity, tuned.weights, tuned.before, strict=True):
         print(f"{before:7.2f}  weight {weight:<6g} {path}")
     print(f"{tuned.value:7.2f}  together, dual softmax: {tuned.dual_softmax or 'none'}")
+    if options.bank:
+        told = f"scale {tuned.bank_scale:g}" if tuned.bank_scale else "none helps"
+        print(f"{tuned.bank_gain:+7.2f}  by a bank of sentences: {told}")
     print(f"{tuned.objective} on {tuned.num_clips:,} clips of {tuned.split}")
     matrices = ("--similarity", *(f"TEST{k}.npy" for k in range(1, len(options.similarity) + 1)))
     close(
@@ -88,8 +97,10 @@ def _rerank(options: argparse.Namespace) -> int:
     from lightning_modules.evaluation.benchmarks.ek100_mir import RetrievalAnnotations
     from lightning_modules.evaluation.tuning_rerank import tune_rerank
 
-    if len(options.similarity) > 1 or options.transductive:
-        raise ValueError("--rerank-scores wants one --similarity and no --transductive")
+    if len(options.similarity) > 1 or options.transductive or options.bank:
+        raise ValueError(
+            "--rerank-scores wants one --similarity and neither --transductive nor --bank"
+        )
     tuned = tune_rerank(
         options.similarity[0],
         options.rerank_scores,

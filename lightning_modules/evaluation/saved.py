@@ -18,7 +18,7 @@ from lightning_modules.evaluation.benchmarks.ek100_mir import (
     scores_as_metrics,
 )
 from lightning_modules.evaluation.missing import MAX_MISSING, Coverage
-from lightning_modules.evaluation.similarity import dual_softmax, ensemble
+from lightning_modules.evaluation.similarity import bank_normalise, dual_softmax, ensemble
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,8 @@ def score_saved(
     *,
     weights: Sequence[float] | None = None,
     scale: float | None = None,
+    bank: Sequence[Path] = (),
+    bank_scale: float | None = None,
     max_missing: float = MAX_MISSING,
 ) -> SavedScore:
     """Score the (weighted) mean of saved matrices; a clip that one of them misses is missing.
@@ -53,6 +55,8 @@ def score_saved(
         annotations: Clips (rows) and sentences (columns).
         weights: Of the matrices; equal by default.
         scale: Of the dual softmax to score instead.
+        bank: The same models' matrices of the clips and a bank of texts, to normalise by.
+        bank_scale: Its scale.
         max_missing: Greatest share of clips that may be missing.
 
     Raises:
@@ -61,6 +65,18 @@ def score_saved(
     """
     expected = (len(annotations.clips), len(annotations.sentences))
     similarity = ensemble([read_similarity(path, expected) for path in paths], weights)
+    of_bank = None
+    if bank:
+        if len(bank) != len(paths) or bank_scale is None or scale is not None:
+            raise ValueError(
+                f"{len(bank)} banks for {len(paths)} matrices, scale {bank_scale}: a bank of each "
+                "matrix's model is needed, and the scale that `tune --bank` chose; and no dual "
+                "softmax"
+            )
+        banks = [read_similarity(path, (expected[0], None)) for path in bank]
+        of_bank = ensemble(banks, weights)
+        # a clip that the bank lacks is missing
+        similarity = similarity.masked_fill(of_bank.isnan().any(1, keepdim=True), torch.nan)
     present = ~similarity.isnan().all(dim=1)
     coverage = Coverage.of(present)
     first = int(present.logical_not().nonzero().flatten()[0]) if coverage.missing else 0
@@ -81,6 +97,9 @@ def score_saved(
     if scale is not None:
         scored = torch.full_like(similarity, torch.nan, dtype=torch.float64)
         scored[present] = dual_softmax(similarity[present], scale)
+    if of_bank is not None and bank_scale is not None:
+        scored = torch.full_like(similarity, torch.nan, dtype=torch.float64)
+        scored[present] = bank_normalise(similarity[present], of_bank[present], bank_scale)
     scores = annotations.score(scored, present)
     refuse_undefined(scores)
     metrics = scores_as_metrics(scores)
@@ -88,15 +107,17 @@ def score_saved(
     if scale is not None:
         metrics["dual_softmax"] = scale
         metrics["transductive"] = True  # it looks at the other queries of the test
+    if of_bank is not None:
+        metrics["bank"] = {"scale": bank_scale, "num_texts": of_bank.shape[1]}
     return SavedScore(similarity, coverage, metrics)
 
 
-def read_similarity(path: Path, expected: tuple[int, int]) -> Tensor:
+def read_similarity(path: Path, expected: tuple[int, int | None]) -> Tensor:
     """Read a .npy matrix without running code it may carry.
 
     Args:
         path: The file.
-        expected: (clips, sentences) that it must have.
+        expected: (clips, sentences) that it must have; None for any number of sentences.
 
     Raises:
         ValueError: No such file, not a .npy file, or another shape or type than expected.
@@ -111,6 +132,8 @@ def read_similarity(path: Path, expected: tuple[int, int]) -> Tensor:
         ) from None
     if not isinstance(matrix, np.ndarray):
         raise ValueError(f"{path} is an archive of arrays (.npz); give a single .npy array")
+    if expected[1] is None and matrix.ndim == 2:
+        expected = expected[0], matrix.shape[1]
     if matrix.shape != expected:
         raise ValueError(
             f"{path} has shape {matrix.shape}; it must be {expected}: {expected[0]} clips (rows) "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -29,6 +30,40 @@ def dual_softmax(similarity: Tensor, scale: float) -> Tensor:
         raise ValueError(f"dual softmax with scale {scale}; the scale must be positive")
     logits = similarity.double() * scale
     return logits.log_softmax(0) + logits.log_softmax(1)
+
+
+def bank_normalise(similarity: Tensor, bank: Tensor, scale: float) -> Tensor:
+    """Lower the clips that are near every text: querybank normalisation (arXiv 2112.12777).
+
+        S'(v, q) = S(v, q) - 1/scale log mean_b exp(scale S(v, b))
+
+    over a bank of training texts b: the paper's inverted softmax, as logarithm. A clip's shift is
+    the same for all texts, so that only the retrieval of clips by texts changes. It looks at no
+    other query of the test, unlike `dual_softmax`. The paper's dynamic form, which leaves queries
+    alone whose first clip is no text's of the bank, is not done: it ranks each direction by a
+    matrix of its own. `tune` takes no bank where it does not gain.
+
+    Args:
+        similarity: (clips, texts).
+        bank: (clips, training texts), of the same clips.
+        scale: Inverse temperature; the larger, the more the nearest text of the bank decides.
+
+    Returns:
+        (clips, texts) float64.
+
+    Raises:
+        ValueError: The scale is not positive, or the bank has other clips or no text.
+    """
+    if not scale > 0:
+        raise ValueError(f"bank with scale {scale}; the scale must be positive")
+    if bank.shape[0] != similarity.shape[0] or not bank.shape[1]:
+        raise ValueError(
+            f"the bank has shape {tuple(bank.shape)}; it must have the {similarity.shape[0]} clips "
+            "of the similarities as rows, and a text at least"
+        )
+    logits = bank.double() * scale
+    shift = (logits.logsumexp(1, keepdim=True) - math.log(bank.shape[1])) / scale
+    return similarity.double() - shift
 
 
 def ensemble(matrices: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:

@@ -14,10 +14,11 @@ from torch import Tensor
 from datamodules.files import write_atomically
 from lightning_modules.evaluation.benchmarks.ek100_mir import (
     RetrievalAnnotations,
+    score_classes,
     scores_as_metrics,
 )
 from lightning_modules.evaluation.saved import read_similarity
-from lightning_modules.evaluation.similarity import dual_softmax, ensemble
+from lightning_modules.evaluation.similarity import bank_normalise, dual_softmax, ensemble
 
 T = TypeVar("T")
 OBJECTIVES = ("mean", "map", "ndcg")
@@ -39,6 +40,8 @@ class Tuned:
         objective: What was made large: `map`, `ndcg` or their `mean`, in percent.
         value: Of the choice.
         before: Of each matrix alone.
+        bank_scale: Of the normalisation by a bank of texts; None for none.
+        bank_gain: What it gained, on the half of the sentences that was not the bank.
     """
 
     weights: list[float]
@@ -48,6 +51,8 @@ class Tuned:
     objective: str
     value: float
     before: list[float]
+    bank_scale: float | None = None
+    bank_gain: float = 0.0
 
     def save(self, path: Path) -> None:
         """Write the choice as JSON."""
@@ -73,6 +78,7 @@ def tune(
     *,
     objective: str = "mean",
     transductive: bool = False,
+    bank: bool = False,
 ) -> Tuned:
     """Choose weights of matrices, and where allowed the scale of a dual softmax.
 
@@ -83,19 +89,27 @@ def tune(
         split: Its name.
         objective: One of `OBJECTIVES`.
         transductive: Also try dual softmax, which looks at all queries of the test.
+        bank: Also try `bank_normalise`: every second sentence is the bank, the others the queries,
+            as at the test the bank's sentences are none of the queries.
 
     Raises:
-        ValueError: The split is the test's, a matrix is malformed, or no clip is known to all.
+        ValueError: Both are asked for, the split is the test's, a matrix is malformed, or no clip
+            is known to all.
     """
     refuse_test(split)
+    if transductive and bank:
+        raise ValueError("--transductive and --bank exclude each other: dual softmax has both")
     shape = (len(annotations.clips), len(annotations.sentences))
     matrices = [read_similarity(path, shape) for path in paths]
     present = torch.stack([~matrix.isnan().all(dim=1) for matrix in matrices]).all(dim=0)
     if not present.any():
         raise ValueError(f"no clip of {split} is in all of {', '.join(map(str, paths))}")
 
-    def value(similarity: Tensor) -> float:
-        figures = scores_as_metrics(annotations.score(similarity, present))
+    clips, sentences = annotations.classes
+
+    def value(similarity: Tensor, columns: slice = slice(None)) -> float:
+        queries = sentences[list(range(len(sentences)))[columns]]
+        figures = scores_as_metrics(score_classes(similarity, clips, queries, present))
         parts = ("map", "ndcg") if objective == "mean" else (objective,)
         return sum(figures[name]["avg"] for name in parts) / len(parts)
 
@@ -109,7 +123,17 @@ def tune(
             sharpened[present] = dual_softmax(mixed[present], candidate)
             if (gained := value(sharpened)) > best:
                 scale, best = candidate, gained
-    return Tuned(weights, scale, split, int(present.sum()), objective, best, before)
+    chosen: tuple[float, float | None] = 0.0, None
+    if bank:
+        mixed = _mix(matrices, weights).double()
+        texts, queries = mixed[:, ::2], mixed[:, 1::2]
+        plain = value(queries, slice(1, None, 2))
+        for candidate in _SCALES:
+            gain = value(bank_normalise(queries, texts, candidate), slice(1, None, 2)) - plain
+            if gain > chosen[0]:
+                chosen = gain, candidate
+    num_clips = int(present.sum())
+    return Tuned(weights, scale, split, num_clips, objective, best, before, chosen[1], chosen[0])
 
 
 def refuse_test(split: str) -> None:

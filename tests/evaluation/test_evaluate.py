@@ -45,6 +45,20 @@ def run(folder: Path, *words: str | Path, shards: str | Path = "shards") -> int:
     return main([*map(str, ["evaluate", *checkpoint, *data, *words])])
 
 
+def test_a_flip_says_which_texts_name_a_side(world, tmp_path, capsys):
+    folder, *_ = world
+    words = ["--benchmark", "ek100_mir", "--annotations", folder / "annotations"]
+    for more, told in (
+        (["--flip"], None),
+        (["--flip", "--template", "{} with the left hand"], "7 of 7 texts name a side ('say 0"),
+        (["--template", "turn {} clockwise"], None),
+        (["--flip", "--template", "{} leftover"], None),
+    ):
+        assert run(folder, *words, *more) == 0
+        error = capsys.readouterr().err
+        assert (told or "") in error and ("name a side" in error) == (told is not None)
+
+
 def test_choices_of_a_vocabulary_on_any_shards(world, tmp_path, capsys):
     folder, _, texts = world
     (verb, nouns), sentence = texts[0], "say 0"

@@ -122,6 +122,33 @@ class TestEK100Recognition:
             BENCHMARKS["ek100_cls"](BenchmarkData([], folder, split="test"))
 
 
+class TestEK100Bank:
+    def test_the_tests_clips_and_the_trainings_sentences(self, tmp_path):
+        write_retrieval_split(tmp_path, "test", 29, 11)
+        write_retrieval_split(tmp_path, "train", 40, 17, seed=1)
+        benchmark = BENCHMARKS["ek100_bank"](BenchmarkData([], tmp_path))
+        assert (len(benchmark.clip_ids), len(benchmark.prompts)) == (29, 17)
+        draw = torch.Generator().manual_seed(0)
+        video, text = (torch.randn(n, 6, generator=draw) for n in (29, 17))
+        prediction = benchmark.predict(video, text, 1.0)
+        torch.testing.assert_close(prediction, video @ text.T)
+
+    def test_hubness_is_the_skew_of_how_often_a_clip_is_among_the_first(self, tmp_path):
+        write_retrieval_split(tmp_path, "test", 29, 11)
+        write_retrieval_split(tmp_path, "train", 40, 17, seed=1)
+        benchmark = BENCHMARKS["ek100_bank"](BenchmarkData([], tmp_path))
+        scores = torch.randn(29, 17, generator=torch.Generator().manual_seed(0))
+        scores[4] += 3
+        times = np.zeros(29)
+        for text in range(17):
+            for clip in sorted(range(29), key=lambda c: -scores[c, text])[:10]:
+                times[clip] += 1
+        apart = times - times.mean()
+        skew = (apart**3).mean() / (apart**2).mean() ** 1.5
+        metrics = benchmark.measure(scores, torch.ones(29, dtype=torch.bool)).metrics
+        assert metrics["hubness"] == pytest.approx(skew) and metrics["num_sentences"] == 17
+
+
 class TestEgoMCQ:
     @pytest.fixture
     def benchmark(self, tmp_path):

@@ -1,6 +1,7 @@
 """Ensembles, dual softmax, and the challenge's zip: written, validated, read back."""
 
 import json
+import math
 import pickle
 import zipfile
 
@@ -10,7 +11,7 @@ import torch
 from epic_files import write_retrieval_split
 
 from lightning_modules.cli.main import main
-from lightning_modules.evaluation.similarity import dual_softmax, ensemble
+from lightning_modules.evaluation.similarity import bank_normalise, dual_softmax, ensemble
 from lightning_modules.evaluation.submission import Levels, read_submission, write_submission
 
 
@@ -152,3 +153,20 @@ def test_score_scores_an_ensemble_and_writes_the_submission(tmp_path, capsys):
     sharp = score("a.npy", first, "--dual-softmax", "10")
     assert sharp["dual_softmax"] == 10
     assert sharp["map"] == score("d.npy", dual_softmax(torch.from_numpy(first), 10).numpy())["map"]
+
+
+def test_a_bank_lowers_each_clip_by_its_nearness_to_the_bank():
+    draw = torch.Generator().manual_seed(3)
+    similarity, bank = (torch.randn(5, n, generator=draw).double() for n in (4, 7))
+    found = bank_normalise(similarity, bank, 3.0)
+    for v in range(5):
+        near = sum(math.exp(3.0 * float(b)) for b in bank[v]) / 7
+        for q in range(4):
+            expected = float(similarity[v, q]) - math.log(near) / 3.0
+            assert float(found[v, q]) == pytest.approx(expected)
+    # the product form of the paper ranks clips alike
+    ratio = (3.0 * similarity).exp() / (3.0 * bank).exp().sum(1, keepdim=True)
+    assert torch.equal(found.argsort(dim=0), ratio.argsort(dim=0))
+    for wrong, told in (((bank[:4], 3.0), "must have the 5 clips"), ((bank, 0.0), "positive")):
+        with pytest.raises(ValueError, match=told):
+            bank_normalise(similarity, *wrong)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from epic_files import write_retrieval_split
 
+from datamodules.relevance import relevance_matrix
 from lightning_modules.cli.main import main
 from lightning_modules.evaluation.benchmarks.ek100_mir import RetrievalAnnotations
 from lightning_modules.evaluation.rerank import candidates
@@ -172,3 +173,70 @@ def test_scores_of_another_matrix_are_refused(folder: Path, tmp_path: Path, caps
         assert main([*words, *more]) == 2
         assert told in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def with_hubs(folder: Path, split: str) -> tuple[Path, Path]:
+    """A model for which a few clips are near every text, and its bank."""
+    draw = np.random.default_rng(5)
+    hubs = 1.5 * (draw.random((60, 1)) < 0.2)
+    matrix = 0.7 * np.load(folder / f"verbs_{split}.npy") + np.load(folder / f"nouns_{split}.npy")
+    bank = draw.normal(scale=0.3, size=(60, 40)) + hubs
+    files = folder / f"hubs_{split}.npy", folder / f"bank_{split}.npy"
+    for file, values in zip(files, (matrix + hubs, bank), strict=True):
+        np.save(file, values.astype(np.float32))
+    return files
+
+
+def test_a_bank_lowers_hubs_and_is_chosen_where_it_gains(folder: Path, tmp_path: Path, capsys):
+    held, _ = with_hubs(folder, "train")
+    test, bank = with_hubs(folder, "test")
+    out = tmp_path / "tuned.json"
+    words = ["--annotations", str(folder)]
+    assert main(["tune", *words, f"--similarity={held}", "--bank", f"--output={out}"]) == 0
+    tuned = Tuned.load(out)
+    assert tuned.bank_scale is not None and tuned.bank_gain > 5
+    capsys.readouterr()
+    score_it = ["score", *words, f"--similarity={test}"]
+    assert main(score_it) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert main([*score_it, f"--tuned={out}", f"--bank={bank}"]) == 0
+    normal = json.loads(capsys.readouterr().out)
+    assert normal["bank"] == {"scale": tuned.bank_scale, "num_texts": 40}
+    assert "transductive" not in normal
+    assert normal["map"]["t2v"] > plain["map"]["t2v"] + 5
+    # a shift of a clip moves nothing in the retrieval of texts by it
+    assert normal["map"]["v2t"] == pytest.approx(plain["map"]["v2t"])
+    assert main([*score_it, f"--tuned={out}"]) == 2
+    assert "the bank is missing: give --bank" in capsys.readouterr().err
+
+
+def test_a_bank_that_does_not_help_is_not_taken(folder: Path, tmp_path: Path, capsys):
+    """A model whose hubs are right: clips that every text is near, and that are relevant to all."""
+    annotations = RetrievalAnnotations(folder, "train")
+    clips, sentences = annotations.classes
+    relevance = relevance_matrix(
+        torch.tensor(clips.verbs), clips.nouns, torch.tensor(sentences.verbs), sentences.nouns
+    )
+    perfect = tmp_path / "perfect.npy"
+    np.save(perfect, relevance.numpy().astype(np.float32))
+    tuned = tune([perfect], annotations, "train", bank=True)
+    assert tuned.bank_scale is None and tuned.bank_gain == 0
+    tuned.save(tmp_path / "t.json")
+    words = ["score", "--annotations", str(folder), f"--similarity={folder / 'verbs_test.npy'}"]
+    _, bank = with_hubs(folder, "test")
+    assert main([*words, f"--tuned={tmp_path / 't.json'}", f"--bank={bank}"]) == 2
+    assert "no bank helps" in capsys.readouterr().err
+    assert main([*words, f"--bank={bank}"]) == 2  # no scale
+    assert main([*words, f"--bank={bank}", "--bank-scale=5", "--dual-softmax=5"]) == 2
+    with pytest.raises(ValueError, match="exclude each other"):
+        tune([perfect], annotations, "train", bank=True, transductive=True)
+
+
+def test_a_clip_that_the_bank_lacks_is_missing(folder: Path, tmp_path: Path, capsys):
+    test, bank = with_hubs(folder, "test")
+    values = np.load(bank)
+    values[3] = np.nan
+    np.save(tmp_path / "b.npy", values)
+    words = ["score", "--annotations", str(folder), f"--similarity={test}", "--bank-scale=20"]
+    assert main([*words, f"--bank={tmp_path / 'b.npy'}", "--max-missing=1"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_missing_clips"] == 1
