@@ -102,6 +102,28 @@ def test_a_loss_that_learns_goes_on_where_it_was(zygote, tmp_path, recipe, strat
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_hard_negatives_go_on_exactly(zygote, tmp_path, recipe, strategy):
+    """EgoNCE++ with false captions, and clips backwards, of which each rank has another number."""
+    verbs, nouns = [["move"], ["leave"], ["hold"]], [[f"thing {k}"] for k in range(32)]
+    (tmp_path / "v.json").write_text(json.dumps({"verbs": verbs, "nouns": nouns}))
+    hard = {"vocabulary": str(tmp_path / "v.json"), "num_verbs": 1, "num_nouns": 2}
+    hard |= {"inverse_verbs": [["move", "leave"]], "reversed_share": 0.7}
+    more = ["--model.loss=lightning_modules.losses.EgoNCEPlusPlusLoss"]
+    more += [f"--data.hard_negatives={json.dumps(hard)}", "--model.optimizer.schedule=constant"]
+    more += ["--trainer.precision=32-true", "--trainer.max_epochs=2"]
+    whole = [*words(recipe, tmp_path / "whole", strategy), *more]
+    parts = [*words(recipe, tmp_path / "parts", strategy), *more]
+    for argv in (whole, [*parts, "--trainer.max_steps=3"], parts):
+        done = zygote.start(tmp_path / "log.txt", world=2, argv=argv)
+        assert done.wait() == [0, 0], done.text()
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    shares = {float(r["train/negatives"]) for r in rows(tmp_path / "whole") if "train/loss" in r}
+    assert min(shares) > 0.6 and max(shares) < 1  # a caption of verb 1 or 2 says "moves"
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("strategy", "option"),
