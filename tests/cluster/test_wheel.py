@@ -67,7 +67,8 @@ def test_the_wheel_carries_every_recipe_and_script(installed: Installed):
         for path in (ROOT / name).rglob("*"):
             if path.is_file():
                 assert f"lightning_modules/{path.relative_to(ROOT)}" in held
-    for pattern in ("kernels/*.[ch]", "datamodules/assets/*", "lightning_modules/**/*.j2"):
+    kinds = [f"lightning_modules/**/*.{kind}" for kind in ("j2", "yaml", "css", "js", "html")]
+    for pattern in ("kernels/*.[ch]", "datamodules/assets/*", *kinds):
         found = [str(path.relative_to(ROOT)) for path in ROOT.glob(pattern)]
         assert found and set(found) <= held
     tops = {name.split("/")[0] for name in held if ".dist-info" not in name}
