@@ -172,9 +172,18 @@ class ReRanker(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initialise every parameter."""
+        """Initialise every parameter.
+
+        Linear maps by their inputs, not with the towers' 0.02: between tokens of unit size those of
+        a narrow head attend to everything alike, and it learns later (docs/rerank.md).
+        """
         init_layers(self)
-        for parameter in (self.places.frame_embed, self.places.window_embed, self.query):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.normal_(self.query, std=0.5)
+        for parameter in (self.places.frame_embed, self.places.window_embed):
             nn.init.trunc_normal_(parameter, std=0.02)
 
     def no_weight_decay(self) -> set[str]:
