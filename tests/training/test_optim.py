@@ -61,6 +61,8 @@ def test_what_a_loss_learns_has_the_full_rate_and_no_decay(one_each):
     held = [group for group, size in zip(groups, sizes, strict=True) if size]
     assert sum(sizes) == 2 and {(g["weight_decay"], g["lr"]) for g in held} == {(0.0, 0.8)}
     assert max(sizes) == (1 if one_each else 2)
+    built = build_optimizers(model, config, 10, 10, scalars=scalars)["optimizer"]
+    assert sum(p is s for g in built.param_groups for p in g["params"] for s in scalars) == 2
     without = parameter_groups(model, config, one_each=one_each)
     assert sum(len(g["params"]) for g in groups) == sum(len(g["params"]) for g in without) + 2
 
