@@ -154,6 +154,13 @@ class StreamDataModule(LightningDataModule):
         hard_negatives: HardNegatives | None = None,
     ) -> None:
         super().__init__()
+        _check_range(global_batch_size=(global_batch_size, 1), eval_batch_size=(eval_batch_size, 1))
+        _check_range(num_workers=(num_workers, 0), prefetch=(prefetch, 1))
+        _check_range(prefetch_shards=(prefetch_shards or 0, 0))
+        if cache_gb <= 0:
+            raise ValueError(
+                f"data.cache_gb is {cache_gb}; it must be above 0 (no cache: cache_dir)"
+            )
         self.hard_negatives = hard_negatives
         self.retry = Retry(patience_s=storage_patience_s)
         fetcher = Fetcher(self.retry)
@@ -412,3 +419,10 @@ class StreamDataModule(LightningDataModule):
 def _counters(trainer: Trainer) -> Any:
     """Batches of the current epoch; Lightning types them by a base class without `processed`."""
     return trainer.fit_loop.epoch_loop.batch_progress.current
+
+
+def _check_range(**given: tuple[int, int]) -> None:
+    """Name the argument that is below its least value: name=(value, least)."""
+    for name, (value, least) in given.items():
+        if value < least:
+            raise ValueError(f"data.{name} is {value}; it must be at least {least}")

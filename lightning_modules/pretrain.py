@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,12 @@ class PretrainModule(DualEncoderModule):
 
     The arguments are `DualEncoderModule`'s.
     """
+
+    def loss_takes(self) -> tuple[Sequence[str], Sequence[str]] | None:
+        """A loss of pairs; some of ours take more or less, which the step knows."""
+        if isinstance(self.loss, EgoNCEPlusPlusLoss | EgoNCELoss | SigLIPLoss):
+            return None
+        return ("video", "text"), ("logit_scale", "even")
 
     def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
         """Return the contrastive loss over the global batch."""

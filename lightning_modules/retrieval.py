@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from datamodules.batch import ClipBatch
@@ -17,6 +19,10 @@ class RetrievalModule(DualEncoderModule):
     sample carries, so that no process holds the training set's relevance matrix.
     The arguments are `DualEncoderModule`'s; `loss` takes (video, text, relevance).
     """
+
+    def loss_takes(self) -> tuple[Sequence[str], Sequence[str]] | None:
+        """The losses of relevance."""
+        return ("video", "text", "relevance"), ("even",)
 
     def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
         """Return the retrieval loss over the global batch."""

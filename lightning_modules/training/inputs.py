@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
+from typing import Any
 
 from lightning import LightningDataModule, LightningModule
 
@@ -43,6 +45,41 @@ def check_inputs(module: LightningModule, data: LightningDataModule, resumes: bo
         told += _missing_of_split(data.val_split)
     if told:
         raise FileNotFoundError(f"nothing was started: {'; '.join(told)}")
+
+
+def check_parts(module: LightningModule, data: LightningDataModule) -> None:
+    """Compare what the recipe's parts say of each other.
+
+    Args:
+        module: Its model's clips are compared with the data's, its loss with what it gives it.
+        data: The recipe's.
+
+    Raises:
+        ValueError: They do not fit; both sides are named.
+    """
+    vision = getattr(getattr(getattr(module, "model", None), "config", None), "vision", None)
+    options = getattr(data, "clip_options", None)
+    for name in ("num_frames", "image_size"):
+        wanted, given = getattr(vision, name, None), getattr(options, name, None)
+        if None not in (wanted, given) and wanted != given:
+            raise ValueError(
+                f"data.{name} is {given} and model.model.{name} is {wanted}; give both the same"
+            )
+    takes = getattr(module, "loss_takes", None)
+    if takes is None or (arguments := takes()) is None:
+        return
+    loss: Any = module.loss
+    positional, named = arguments
+    try:
+        inspect.signature(loss.forward).bind(*positional, **dict.fromkeys(named))
+    except TypeError as error:
+        raise ValueError(
+            f"model.loss is {type(loss).__name__}, whose forward cannot be called as "
+            f"{type(module).__name__} does, with ({', '.join((*positional, *named))}): {error}. "
+            "Mend: a loss of pairs (InfoNCELoss, EgoNCELoss, SigLIPLoss) goes with PretrainModule, "
+            "one of relevance (MaxMarginLoss, SymmetricMultiSimilarityLoss) with "
+            "RetrievalModule"
+        ) from None
 
 
 def _missing_of_split(split: RetrievalSplit | None) -> list[str]:

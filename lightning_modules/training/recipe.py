@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch.cli as lightning_cli
+import yaml
 from jsonargparse import ActionConfigFile
 from lightning import LightningDataModule, LightningModule
 
@@ -181,6 +182,7 @@ def build_cli(words: list[str]) -> RecipeCLI:
         ValueError: For any mistake in the recipe, naming the key and the rule.
     """
     words = with_recipe_paths(words)
+    _refuse_other_files(words)
     _find_own_classes(words)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_no_advertisement)
@@ -216,13 +218,36 @@ def build_cli(words: list[str]) -> RecipeCLI:
             raise ValueError(shorten(str(error))) from error
 
 
+def _recipes(words: list[str]) -> list[str]:
+    files = [word.partition("=")[2] for word in words if word.startswith(("--config=", "-c="))]
+    return files + [file for word, file in pairwise(words) if word in ("--config", "-c")]
+
+
+def _refuse_other_files(words: list[str]) -> None:
+    """Name a file that is no recipe; the parser's own word for one is `Unexpected config`."""
+    for file in _recipes(words):
+        try:
+            content = yaml.safe_load(Path(file).read_text())
+        except (OSError, yaml.MarkedYAMLError):
+            continue  # the parser says what and where
+        except (UnicodeDecodeError, yaml.YAMLError):
+            raise ValueError(
+                f"--config {file} is no text; it must be a recipe in YAML (`eva02-at recipes`)"
+            ) from None
+        if not isinstance(content, dict):
+            kind = "empty" if content is None else f"a {type(content).__name__}"
+            raise ValueError(
+                f"--config {file} is {kind}; a recipe is a mapping with the keys model, data and "
+                "trainer (`eva02-at recipes show NAME` prints one)"
+            )
+
+
 def _find_own_classes(words: list[str]) -> None:
     """Let a recipe name classes in files beside it, or where the command is run.
 
     A console script looks in its own folder instead. Theirs come last: they hide nothing.
     """
-    files = [word.partition("=")[2] for word in words if word.startswith(("--config=", "-c="))]
-    files += [file for word, file in pairwise(words) if word in ("--config", "-c")]
+    files = _recipes(words)
     for folder in (*(Path(file).resolve().parent for file in files), Path.cwd()):
         if str(folder) not in sys.path:
             sys.path.append(str(folder))

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from datamodules.files import write_atomically, write_whole
 from datamodules.stream.faults import TooManyDamagedSamples
 from lightning_modules.training.closing import close
-from lightning_modules.training.inputs import check_inputs
+from lightning_modules.training.inputs import check_inputs, check_parts
 from lightning_modules.training.monitor.health import NotFiniteError
 from lightning_modules.training.recipe import RecipeCLI
 from lightning_modules.training.run.checkpoint_store import CheckpointFolder
@@ -133,6 +133,7 @@ def _fit(cli: RecipeCLI) -> None:
             ckpt_path = str(root)
     if ckpt_path is not None:
         cli.model.init_checkpoint = None  # may be on another machine, and would be overwritten
+    check_parts(cli.model, cli.datamodule)
     check_inputs(cli.model, cli.datamodule, resumes=ckpt_path is not None)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path)
 

@@ -1,6 +1,7 @@
 """Every kind of end, and going on from it: the same losses, batches, labels and validations."""
 
 import csv
+import json
 
 import pytest
 from cluster_runs import REAL, TOTAL, curve, run
@@ -75,3 +76,35 @@ def test_a_run_goes_on_exactly_after_every_end(zygote, tmp_path, oracle, end, mo
     early = [row for row in labels(tmp_path) if row not in logged]
     assert all(name == "val/map_avg" and "should_stop" in end for _, name, _ in early)
     assert [row for row in labels(tmp_path) if row not in early] == logged
+
+
+def test_a_run_goes_on_exactly_after_max_time(zygote, tmp_path, oracle):
+    """It ends in mid-epoch: a step takes a third of the second that there is."""
+    slow = {"trouble": {"pause_s": 0.3}, "trainer_options": {"max_time": {"seconds": 1}}}
+    first = run(zygote, tmp_path, world=1, **REAL, **CONSTANT, **slow)
+    assert first.codes == [0], first.text()
+    assert 0 < len(steps(tmp_path)) < TOTAL
+    last = run(zygote, tmp_path, world=1, **REAL, **CONSTANT)
+    assert last.codes == [0], last.text()
+    assert len(steps(tmp_path)) == TOTAL
+    whole, logged = oracle(1)
+    assert curve(tmp_path, 1) == whole
+    assert [row for row in labels(tmp_path) if "loss" in row[1]] == [
+        row for row in logged if "loss" in row[1]
+    ]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_test_scores_a_zero_runs_checkpoint_under_any_strategy(zygote, tmp_path, stage):
+    """The last validation saw the same clips with the same weights."""
+    strategy = f"zero{stage}"
+    options = {"epochs": 1, "csv": True, "strategy": strategy}
+    assert run(zygote, tmp_path, **options).codes == [0, 0]
+    due = float(next(value for _, name, value in labels(tmp_path) if name == "val/map_avg"))
+    for world, strategy in ((2, f"zero{stage}"), (1, "ddp")):
+        done = run(zygote, tmp_path, world=world, strategy=strategy, verb="test")
+        assert done.codes == [0] * world, done.text()
+        told = json.loads((tmp_path / "test.json").read_text())
+        assert told["weights"]["step"] == 5
+        assert told["test/map_avg"] == pytest.approx(due, rel=1e-6)

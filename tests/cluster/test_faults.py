@@ -16,6 +16,7 @@ from cluster_runs import TOTAL, run
 from tiny_run import steps
 
 from lightning_modules.cli.main import main
+from lightning_modules.training.run.checkpoint_store import CheckpointFolder, Manifest
 
 SLOW = pytest.mark.slow
 TWO_STEPS = {"at": 1, "where": "train"}  # stop after steps 0 and 1
@@ -296,6 +297,18 @@ def test_only_the_newest_and_the_best_are_kept(zygote, tmp_path):
     assert len(kept) == 3 or scores["step-00000015"]["val/map_avg"] == max(
         row["val/map_avg"] for row in scores.values() if "val/map_avg" in row
     )
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_metric_that_is_not_finite_is_never_the_best(tmp_path, mode, value):
+    store = CheckpointFolder(tmp_path)
+    for step, metric in enumerate((value, 2.0, value, 1.0, value, value)):
+        manifest = Manifest(step, 0, 1, "plain", {"val/map_avg": metric})
+        store.begin(f"step-{step}")
+        store.commit(f"step-{step}", manifest)
+    store.prune(1, 1, "val/map_avg", mode)
+    assert store.names() == ["step-1" if mode == "max" else "step-3", "step-5"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

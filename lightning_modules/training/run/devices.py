@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 
+_DEVICES = r"auto|-1|[1-9]\d*|\[\d+(,\d+)*\]|(\d+,)+\d*"
 _GIVEN = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE")
 
 
@@ -42,6 +44,13 @@ def check_devices(accelerator: object, devices: object = "auto") -> None:
             f"trainer.accelerator is {accelerator}, but PyTorch finds no GPU here. Mend: run it "
             "where there is one, or say --trainer.accelerator=cpu"
         )
+    if not re.fullmatch(_DEVICES, str(devices).replace(" ", "")):
+        raise ValueError(
+            f"trainer.devices is {str(devices)!r}; it must be a number of 1 or more, a list of "
+            "devices such as [0, 1], -1 for all GPUs, or auto"
+        )
+    if str(devices) == "-1" and accelerator == "cpu":
+        raise ValueError("trainer.devices is -1 (all GPUs) on the CPU; name a number of processes")
     cores = len(os.sched_getaffinity(0))
     alone = "SLURM_STEP_ID" not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
     if alone and accelerator != "gpu" and not torch.cuda.is_available():

@@ -90,6 +90,7 @@ def read_settings(trainer: Trainer) -> dict[str, Any] | None:
     outer: Any = trainer.optimizers[0]
     groups = outer.param_groups
     settings: dict[str, Any] = {
+        "module": type(trainer.lightning_module).__name__,
         "optimizer": type(getattr(outer, "optimizer", outer)).__name__,
         "groups": len(groups),
         "lr": [group.get("initial_lr", group["lr"]) for group in groups],
@@ -129,6 +130,11 @@ def judge(changed: dict[str, tuple[Any, Any]], option: OnChange) -> str:
         ValueError: It is refused.
     """
     told = ", ".join(f"{name} {_told(old)} -> {_told(new)}" for name, (old, new) in changed.items())
+    if "module" in changed:
+        raise ValueError(
+            f"the checkpoint is another training's ({told}), and only its weights can be taken: "
+            "name it with model.init_checkpoint, not with ckpt_path"
+        )
     if "optimizer" in changed or "groups" in changed:
         raise ValueError(
             f"the checkpoint's optimiser is another one ({told}), whose state does not fit; "

@@ -8,6 +8,7 @@ something or waits for a file is seen all the same, unless it holds Python's loc
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import json
 import os
@@ -102,6 +103,7 @@ class StallWatch:
         if done.is_set():
             return
         print(f"eva02-at: {report}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(2, all_threads=True)  # into the log, whatever stands for it
         os._exit(EXIT_STALLED)  # the main thread is stuck in a collective and cannot be asked
 
 
