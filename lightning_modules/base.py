@@ -139,8 +139,8 @@ class DualEncoderModule(TrainedModule):
         scalars = list(self.loss.parameters())
         return configure_optimizers(self, self.model, self.optimizer_config, scalars)
 
-    def loss_takes(self) -> tuple[Sequence[str], Sequence[str]] | None:
-        """Arguments that `training_step` gives the loss, by position and by name, if checked."""
+    def loss_takes(self) -> Sequence[str] | None:
+        """What `training_step` gives the loss by position, if that is to be checked."""
         return None
 
     def benchmark(self, split: RetrievalSplit, records: Sequence[ClipRecord]) -> Benchmark:

@@ -18,11 +18,9 @@ class PretrainModule(DualEncoderModule):
     The arguments are `DualEncoderModule`'s.
     """
 
-    def loss_takes(self) -> tuple[Sequence[str], Sequence[str]] | None:
-        """A loss of pairs; some of ours take more or less, which the step knows."""
-        if isinstance(self.loss, EgoNCEPlusPlusLoss | EgoNCELoss | SigLIPLoss):
-            return None
-        return ("video", "text"), ("logit_scale", "even")
+    def loss_takes(self) -> Sequence[str] | None:
+        """A loss of pairs; some of ours take more, which the step knows."""
+        return None if isinstance(self.loss, EgoNCEPlusPlusLoss | EgoNCELoss) else ("video", "text")
 
     def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
         """Return the contrastive loss over the global batch."""

@@ -20,9 +20,9 @@ class RetrievalModule(DualEncoderModule):
     The arguments are `DualEncoderModule`'s; `loss` takes (video, text, relevance).
     """
 
-    def loss_takes(self) -> tuple[Sequence[str], Sequence[str]] | None:
+    def loss_takes(self) -> Sequence[str] | None:
         """The losses of relevance."""
-        return ("video", "text", "relevance"), ("even",)
+        return "video", "text", "relevance"
 
     def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
         """Return the retrieval loss over the global batch."""

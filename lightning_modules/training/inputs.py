@@ -69,13 +69,12 @@ def check_parts(module: LightningModule, data: LightningDataModule) -> None:
     if takes is None or (arguments := takes()) is None:
         return
     loss: Any = module.loss
-    positional, named = arguments
     try:
-        inspect.signature(loss.forward).bind(*positional, **dict.fromkeys(named))
+        inspect.signature(loss.forward).bind(*arguments)
     except TypeError as error:
         raise ValueError(
             f"model.loss is {type(loss).__name__}, whose forward cannot be called as "
-            f"{type(module).__name__} does, with ({', '.join((*positional, *named))}): {error}. "
+            f"{type(module).__name__} does, with ({', '.join(arguments)}): {error}. "
             "Mend: a loss of pairs (InfoNCELoss, EgoNCELoss, SigLIPLoss) goes with PretrainModule, "
             "one of relevance (MaxMarginLoss, SymmetricMultiSimilarityLoss) with "
             "RetrievalModule"

@@ -133,8 +133,8 @@ def _fit(cli: RecipeCLI) -> None:
             ckpt_path = str(root)
     if ckpt_path is not None:
         cli.model.init_checkpoint = None  # may be on another machine, and would be overwritten
-    check_parts(cli.model, cli.datamodule)
     check_inputs(cli.model, cli.datamodule, resumes=ckpt_path is not None)
+    check_parts(cli.model, cli.datamodule)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path)
 
 

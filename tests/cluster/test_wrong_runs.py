@@ -11,9 +11,9 @@ from lightning_modules.cli.main import main
 LOSS = "--model.loss=lightning_modules.losses."
 OWN = """
 import torch
-class WithoutScale(torch.nn.Module):
-    def forward(self, video, text, *, even=False):
-        return (video * text).sum()
+class OfClipsAlone(torch.nn.Module):
+    def forward(self, video, *, even=False):
+        return video.sum()
 """
 # what is added to a recipe that runs, and what the answer names
 FIT = [
@@ -25,8 +25,8 @@ FIT = [
     ("--trainer.num_nodes=0", "must be a positive integer, but got 0"),
     (f"{LOSS}MaxMarginLoss", "model.loss is MaxMarginLoss"),
     (
-        "--model.loss=own_losses_of_wrong_runs.WithoutScale",
-        "unexpected keyword argument 'logit_scale'",
+        "--model.loss=own_losses_of_wrong_runs.OfClipsAlone",
+        "model.loss is OfClipsAlone, whose forward cannot be called",
     ),
     ("--data.num_frames=4", "data.num_frames is 4 and model.model.num_frames is 2; give both"),
     ("--data.image_size=64", "data.image_size is 64 and model.model.image_size is 32"),
