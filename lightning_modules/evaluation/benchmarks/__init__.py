@@ -15,8 +15,8 @@ BENCHMARKS: dict[str, Callable[[BenchmarkData], Benchmark]] = {
     benchmark.name: benchmark
     for benchmark in (
         EK100Retrieval,
-        EK100Bank,
         EK100Recognition,
+        EK100Bank,
         EgoMCQ,
         EgoHOIBench,
         CharadesEgo,
