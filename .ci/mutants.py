@@ -40,8 +40,11 @@ ROOMS = {
         + ["tests/kernels/test_attention.py"],
     ),
 }
-# what starts ranks is tried on those that survive the rest
-RANKS = {"checkpoints": ["tests/inference/test_convert_zero.py"]}
+# what starts processes is tried on those that survive the rest
+SLOW = {
+    "checkpoints": ["tests/inference/test_convert_zero.py"],
+    "kernels": ["tests/kernels/test_dispatch.py"],
+}
 # torch.compile cannot trace mutmut's calls
 PYTEST = ["-x", "-q", "-p", "no:cacheprovider", "-k", "not one_graph"]
 SKIPPED, SURVIVED, UNTRIED = "no tests", "survived", "not checked"
@@ -114,7 +117,7 @@ def try_rest(folder: Path, room: str, outcomes: dict[str, str]) -> dict[str, str
     apart = json.loads(ledger.read_text()) if ledger.is_file() else {}
     for name, outcome in outcomes.items():
         tests = ROOMS[room][1] if outcome == SKIPPED else []
-        tests = tests + (RANKS.get(room, []) if outcome in (SKIPPED, SURVIVED) else [])
+        tests = tests + (SLOW.get(room, []) if outcome in (SKIPPED, SURVIVED) else [])
         if tests and name not in apart:
             apart[name] = try_apart(folder, name, tests)
             ledger.write_text(json.dumps(apart, indent=1))
