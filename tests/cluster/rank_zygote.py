@@ -111,6 +111,8 @@ def _be_a_rank(order: dict, rank: int, port: int) -> None:
 
     fault = order["kwargs"].pop("fault", None)
     if fault is not None:
+        if fault.pop("rank", rank) != rank:
+            fault["n"] = 10**9  # another's: this one has none
         sys.exit(_with_a_failing_call(tiny_run.main, order["kwargs"], **fault))
     sys.exit(tiny_run.main(**order["kwargs"]))
 

@@ -143,6 +143,49 @@ def test_no_call_that_fails_costs_a_checkpoint_or_a_loss(failing, tmp_path, stop
     assert ends["ended with 75"] + ends["went on"] >= number / 2
 
 
+@pytest.fixture(scope="module")
+def stopped_pair(failing, tmp_path_factory):
+    """The same of two ranks."""
+    whole, part = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("part")
+    assert run(failing, whole, **{**OPTIONS, "world": 2}).codes == [0, 0]
+    assert run(failing, part, trouble=STOP_AT, **{**OPTIONS, "world": 2}).codes == [85, 85]
+    return part, curve(whole)
+
+
+@pytest.mark.parametrize(
+    "number", [4, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])]
+)
+def test_no_call_that_fails_on_one_rank_leaves_the_other_waiting(
+    failing, tmp_path, stopped_pair, number
+):
+    """In set-up, resume, training, saving and the end alike, on the first rank or the second."""
+    (part, whole), folder = stopped_pair, tmp_path / "run"
+    chance, options, ends = random.Random(number), {**OPTIONS, "world": 2}, collections.Counter()
+    for k in range(number):
+        rank, call = k % 2, CALLS[k // 2 % 4]
+        fault = {
+            "rank": rank,
+            "call": call,
+            "n": chance.randint(1, 12 if rank == 0 else 4),
+            "error": getattr(errno, ERRORS[k % 5]),
+            "times": chance.choice((1, 0)),
+        }
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(part, folder)
+        before = complete(folder)
+        hurt = start(failing, folder, fault={"under": str(folder), **fault}, **options)
+        told = hurt.text()
+        # 70: it heard that the other had failed
+        assert set(hurt.codes) in ({0}, {75}, {70, 75}), f"{fault}: {hurt.codes} {told}"
+        assert complete(folder)[-1] >= before[-1], f"{fault}: a checkpoint is lost"
+        again = start(failing, folder, **options)
+        assert again.codes == [0, 0], f"{fault}: {again.text()}"
+        assert curve(folder) == whole, fault
+        ends[str(hurt.codes) if "fault: hit" in told else "not reached"] += 1
+    print(f"{number} injections on one of two ranks: {dict(ends)}")
+    assert ends["not reached"] < number
+
+
 @pytest.mark.parametrize("error", ["EIO", "ESTALE", "ENOSPC"])
 def test_storage_that_fails_is_no_fault_of_the_checkpoint_that_test_reads(
     failing, tmp_path, stopped, error

@@ -58,7 +58,7 @@ def test_killed_and_damaged_cells_leave_the_table_whole(slurm, started: Path) ->
     collected = [p.read_text() for p in (started / "jobs").glob("collect-*-2.txt")]
     assert len(collected) == 1, "nothing was submitted again"
     table = (started / "table.md").read_text()
-    assert table.count("\n| run | ") == 6 and table.count("failed") == 4
+    assert table.count("\n| run | ") == 6 and table.count("failed") == 2 * 3  # figures a benchmark
     for benchmark in ("mir", "mcq"):
         assert f"- run @ 4, {benchmark}" in table
     assert "cannot be read" in table
