@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     outputs = Outputs(options.json, options.prediction, options.submission, options.rerank_scores)
     outputs.check(options.benchmark)
     second = _second_look(options)
-    check_devices(options.accelerator)
+    check_devices(options.accelerator, nodes=options.nodes)
     machines = Machines(options.accelerator, options.devices, options.nodes, options.dtype)
     how = EvalOptions(
         options.batch_size,

@@ -149,7 +149,7 @@ class RecipeCLI(lightning_cli.LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Give the trainer its place to write, unless the recipe names one."""
         trainer = self.config.trainer
-        check_devices(trainer.accelerator, trainer.devices)
+        check_devices(trainer.accelerator, trainer.devices, trainer.num_nodes)
         run_dir = self.config.run_dir
         if trainer.default_root_dir is None:
             trainer.default_root_dir = run_dir

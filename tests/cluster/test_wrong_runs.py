@@ -23,6 +23,8 @@ FIT = [
     ("--trainer.devices=-3", "trainer.devices is '-3'; it must be"),
     ("--trainer.devices=6400", "6400 processes on"),
     ("--trainer.num_nodes=0", "must be a positive integer, but got 0"),
+    ("--trainer.num_nodes=2", "the run is to be on 2 nodes, but nothing has started"),
+    ("--model.init_checkpoint=HERE/notes.pt", "notes.pt"),
     (f"{LOSS}MaxMarginLoss", "model.loss is MaxMarginLoss"),
     (
         "--model.loss=own_losses_of_wrong_runs.OfClipsAlone",

@@ -6,6 +6,11 @@ import os
 import re
 
 _DEVICES = r"auto|-1|[1-9]\d*|\[\d+(,\d+)*\]|(\d+,)+\d*"
+# by one of these the processes of several nodes know of each other
+_LAUNCHED = (
+    "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+)  # fmt: skip
 _GIVEN = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE")
 
 
@@ -13,12 +18,13 @@ class MachineFault(RuntimeError):
     """Something that this machine should have is not there or does not work."""
 
 
-def check_devices(accelerator: object, devices: object = "auto") -> None:
-    """Refuse to train on a CPU what was meant for GPUs, or on far more processes than cores.
+def check_devices(accelerator: object, devices: object = "auto", nodes: object = 1) -> None:
+    """Refuse to train on a CPU what was meant for GPUs, or with processes that nobody starts.
 
     Args:
         accelerator: The recipe's, as written.
         devices: The recipe's, as written.
+        nodes: The recipe's, as written.
 
     Raises:
         MachineFault: SLURM gave this job GPUs that do not work on this node.
@@ -51,6 +57,13 @@ def check_devices(accelerator: object, devices: object = "auto") -> None:
         )
     if str(devices) == "-1" and accelerator == "cpu":
         raise ValueError("trainer.devices is -1 (all GPUs) on the CPU; name a number of processes")
+    if str(nodes).isdigit() and int(str(nodes)) > 1 and not any(n in os.environ for n in _LAUNCHED):
+        raise ValueError(
+            f"the run is to be on {nodes} nodes, but nothing has started this process on each of "
+            "them, so that it would wait for the others for ever. Mend: `srun`, `torchrun` or "
+            "slurm/train.sbatch (docs/cluster.md), or MASTER_ADDR, MASTER_PORT and NODE_RANK by "
+            "hand on each node"
+        )
     cores = len(os.sched_getaffinity(0))
     alone = "SLURM_STEP_ID" not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
     if alone and accelerator != "gpu" and not torch.cuda.is_available():
