@@ -14,14 +14,18 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_modules.checkpoints.layouts import Translation, translate, unwrap
-from lightning_modules.checkpoints.plain_data import first_line, foreign_content, plain_data_only
+from lightning_modules.checkpoints.plain_data import (
+    first_line,
+    foreign_content,
+    plain_data_only,
+)
 from lightning_modules.models import DualEncoderConfig
 from lightning_modules.models.interpolate import interpolate_spatial, interpolate_temporal
 from lightning_modules.models.towers import Towers
+from lightning_modules.training.run.checkpoint_store import read_safetensors
 
 _log = logging.getLogger(__name__)
 _BLOCK = re.compile(r"^(visual|text)\.blocks\.(\d+)\.")
@@ -138,8 +142,7 @@ def read_checkpoint(path: str | PathLike[str]) -> object:
         raise FileNotFoundError(f"checkpoint {path}: no such file")
     try:
         if path.suffix == ".safetensors":
-            path.open("rb").close()  # says what the storage says; safetensors has one error for all
-            return load_file(path)
+            return read_safetensors(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "looks like a TorchScript archive": said below
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 from lightning_modules.checkpoints import load_clip_checkpoint
 from lightning_modules.checkpoints.loading import read_checkpoint
 from lightning_modules.checkpoints.plain_data import load_plain
+from lightning_modules.cli.endings import exit_code
 from lightning_modules.models import DualEncoder, DualEncoderConfig, TextConfig, VisionConfig
+from lightning_modules.training.run import checkpoint_store
 
 EVA = DualEncoderConfig(
     VisionConfig(
@@ -349,3 +351,22 @@ def test_torchscript_archive_is_explained(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
     with pytest.raises(ValueError, match=r"TorchScript.*torch\.jit\.load"):
         load_clip_checkpoint(tmp_path / "script.pt", build())
+
+
+def test_storage_that_fails_when_tensors_are_read_is_no_missing_file(tmp_path, monkeypatch) -> None:
+    """safetensors: "No such file or directory", whatever the reason."""
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(FileNotFoundError):
+        checkpoint_store.read_safetensors(path)
+    save_file({"a": torch.ones(2)}, path)
+    assert checkpoint_store.read_safetensors(path)["a"].tolist() == [1, 1]
+
+    def fails(path):
+        raise FileNotFoundError(f"No such file or directory: {path}")
+
+    monkeypatch.setattr(checkpoint_store, "load_file", fails)
+    with pytest.raises(OSError, match="cannot be opened any more") as caught:
+        checkpoint_store.read_safetensors(path)
+    assert (
+        checkpoint_store.is_of_the_machine(caught.value) and exit_code(caught.value, ["fit"]) == 75
+    )

@@ -143,6 +143,16 @@ def test_no_call_that_fails_costs_a_checkpoint_or_a_loss(failing, tmp_path, stop
     assert ends["ended with 75"] + ends["went on"] >= number / 2
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("error", ["ENOSPC", "ESTALE"])
+def test_every_open_of_a_resume_may_fail(failing, tmp_path, stopped, error):
+    count = count_calls(failing, tmp_path / "run", stopped, "resume", "open")
+    for n in range(1, count + 1):
+        fault = {"call": "open", "n": n, "error": getattr(errno, error), "times": 1}
+        inject(failing, tmp_path / "run", stopped, "resume", fault)
+
+
 @pytest.fixture(scope="module")
 def stopped_pair(failing, tmp_path_factory):
     """The same of two ranks."""

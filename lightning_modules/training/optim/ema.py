@@ -8,12 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_modules.collectives import all_gather, on_group_device
 from lightning_modules.training.run.agreement import run_ranks
-from lightning_modules.training.run.checkpoint_store import FOLDER_KEY
+from lightning_modules.training.run.checkpoint_store import FOLDER_KEY, read_safetensors
 from lightning_modules.training.run.private import lerp_
 
 EMA_FILE = "ema.safetensors"
@@ -50,7 +50,7 @@ class WeightAverage(Callback):
         """
         path = Path(checkpoint.get(FOLDER_KEY, "")) / EMA_FILE
         with run_ranks().together(f"reading {path}"):
-            self._loaded = load_file(path) if path.is_file() else {}
+            self._loaded = read_safetensors(path) if path.is_file() else {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the checkpoint's average, or from the weights."""

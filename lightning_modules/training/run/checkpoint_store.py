@@ -26,6 +26,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+from torch import Tensor
+
 MANIFEST, LATEST, STATE, UNIVERSAL = "manifest.json", "latest", "state", "universal"
 RECIPE = "config.yaml"  # the resolved recipe, in a run's folder and in each checkpoint
 FOLDER_KEY = "eva02_at_folder"  # tells callbacks which checkpoint folder was loaded
@@ -122,6 +125,23 @@ def is_of_the_machine(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read a file of tensors, with what the storage says where it fails.
+
+    safetensors says that there is no such file whatever made it impossible to open one.
+
+    Raises:
+        OSError: The storage fails.
+        FileNotFoundError: There is no such file.
+        safetensors.SafetensorError: The file is damaged.
+    """
+    path.open("rb").close()
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise OSError(errno.ESTALE, "it was there and cannot be opened any more", path) from error
 
 
 class CheckpointFolder:

@@ -169,8 +169,11 @@ class RunOwnership:
 
     def owner(self) -> Owner | None:
         """The process that owns the run, as far as is known without waiting; None if none does."""
-        number = self._highest() if self.folder.is_dir() else 0
-        beat, owner = self._read(number) if number else (_RELEASED, None)
+        try:
+            number = self._highest() if self.folder.is_dir() else 0
+            beat, owner = self._read(number) if number else (_RELEASED, None)
+        except OSError:
+            return None
         return None if beat == _RELEASED or owner is None or owner.lives() is False else owner
 
     def was_released(self) -> bool:
@@ -207,7 +210,7 @@ class RunOwnership:
         try:
             content = self._path(number).read_bytes()
             return content[:_BEAT_BYTES], Owner(**json.loads(content[_BEAT_BYTES:]))
-        except (OSError, ValueError, TypeError):
+        except (FileNotFoundError, ValueError, TypeError):
             return b"", None  # gone, or being written where there are no links
 
     def _overwrite(self, beat: bytes) -> bool:
