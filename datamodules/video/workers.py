@@ -69,9 +69,11 @@ def run_jobs(
         limit_s: The longest that one item may take; a decoder that hangs costs its item alone.
 
     Raises:
-        ValueError: The work function raised one (its message is passed on).
+        ValueError: The work function raised one (its message is passed on), or `num_workers` is
+            below 1.
         RuntimeError: It raised anything else, or a child was killed from outside again and again.
     """
+    _refuse_none(num_workers)
     waiting = deque(jobs)
     busy: dict[Connection, tuple[Any, Job, str | None]] = {}
     watch = _Watch(limit_s)
@@ -113,6 +115,11 @@ def run_jobs(
         for process, _, _ in busy.values():
             process.terminate()
             process.join()
+
+
+def _refuse_none(num_workers: int) -> None:
+    if num_workers < 1:
+        raise ValueError(f"the number of workers is {num_workers}; it must be at least 1")
 
 
 class _Watch:

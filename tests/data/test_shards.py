@@ -249,6 +249,8 @@ def test_errors_in_workers_reach_the_caller():
 
     with pytest.raises(ValueError, match="yours"):
         list(run_jobs(mistake, [Job(0, None)], 1))
+    with pytest.raises(ValueError, match="number of workers is 0"):  # it would wait for ever
+        list(run_jobs(mistake, [Job(0, None)], 0))
     with pytest.raises(RuntimeError, match="KeyError"):
         list(run_jobs(fault, [Job(0, None)], 1))
 
