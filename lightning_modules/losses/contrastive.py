@@ -157,10 +157,7 @@ class EgoNCELoss(_ContrastiveLoss):
 
         def any_positive(logits: Tensor, first: int) -> Tensor:
             block = slice(first, first + len(logits))
-            positive = share_verb(block) & share_noun(block)
-            positive.diagonal(first).fill_(True)  # the partner, whatever its classes
-            of_positives = logits.masked_fill(~positive, -torch.inf).logsumexp(1)
-            return (logits.logsumexp(1) - of_positives).sum()
+            return _missed(logits, share_verb(block) & share_noun(block), first)
 
         return self._mean_over_anchors(video, text, logit_scale, even, any_positive)
 
@@ -234,14 +231,24 @@ class EgoNCEPlusPlusLoss(_ContrastiveLoss):
 
         def to_video(logits: Tensor, start: int) -> Tensor:
             first = batch.first + start
-            positive = share_noun(slice(first, first + len(logits)))
-            positive.diagonal(first).fill_(True)
-            of_positives = logits.masked_fill(~positive, -torch.inf).logsumexp(1)
-            return (logits.logsumexp(1) - of_positives).sum()
+            return _missed(logits, share_noun(slice(first, first + len(logits))), first)
 
         share = blockwise_sum(to_text, video * scale, every_text, own)
         share = share + blockwise_sum(to_video, text * scale, every_video)
         return batch.sum(share) / max(1, len(batch))
+
+
+def _missed(logits: Tensor, positive: Tensor, first: int) -> Tensor:
+    """Sum over anchors of -log of the probability that falls on any of their positives.
+
+    Args:
+        logits: (block, B).
+        positive: (block, B) bool; the partners are added to it, whatever their classes.
+        first: Column of the first anchor's partner.
+    """
+    positive.diagonal(first).fill_(True)
+    of_positives = logits.masked_fill(~positive, -torch.inf).logsumexp(1)
+    return (logits.logsumexp(1) - of_positives).sum()
 
 
 def _sharing(ids: Tensor) -> Callable[[slice], Tensor]:

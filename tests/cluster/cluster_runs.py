@@ -1,6 +1,9 @@
 """Starting tiny runs and reading their curves."""
 
 import csv
+import os
+import signal
+import time
 
 from safetensors.torch import load_file
 from tiny_run import STEPS_PER_EPOCH, steps
@@ -42,3 +45,26 @@ def losses_of(run_dir):
     with (run_dir / "logs" / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row.get("train/loss")]
     return [(row["step"], row["train/loss"]) for row in rows]
+
+
+def run_stopped_once(zygote, folder, argv):
+    """A recipe's run on two ranks, stopped by a signal after its first checkpoint, then to its end.
+
+    Args:
+        folder: Its run_dir, as `argv` has it.
+        argv: Words of the command line.
+
+    Returns:
+        The number of losses at the stop.
+    """
+    log = folder.with_name(f"{folder.name}.txt")
+    started = zygote.start(log, world=2, argv=argv)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(started.pids[1], signal.SIGTERM)
+    assert started.wait() == [85, 85], started.text()
+    stopped_at = len(losses_of(folder))
+    done = zygote.start(log, world=2, argv=argv)
+    assert done.wait() == [0, 0], done.text()
+    return stopped_at

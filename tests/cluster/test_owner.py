@@ -252,3 +252,12 @@ def test_a_run_that_is_taken_over_ends_without_a_checkpoint_of_its_own(zygote, t
     assert "another process has taken over" in launched.text()
     after = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*"))
     assert after == before
+
+
+def test_an_owner_that_cannot_be_read_is_unknown_and_not_gone(tmp_path):
+    """To who only looks; who wants the run hears what the storage says."""
+    (tmp_path / owner_module.FOLDER / "00000001").mkdir(parents=True)
+    ownership = RunOwnership(tmp_path)
+    assert ownership.owner() is None and not ownership.was_released()
+    with pytest.raises(IsADirectoryError):
+        ownership.acquire()

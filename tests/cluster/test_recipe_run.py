@@ -3,11 +3,9 @@
 import csv
 import json
 import math
-import os
-import signal
-import time
 
 import pytest
+from cluster_runs import losses_of, run_stopped_once
 
 from lightning_modules.checkpoints.conversion import load_model
 from lightning_modules.checkpoints.source import find_checkpoint
@@ -32,10 +30,6 @@ def rows(folder):
         return [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
-def losses(folder):
-    return [(r["step"], r["train/loss"]) for r in rows(folder) if "train/loss" in r]
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "strategy",
@@ -45,20 +39,11 @@ def test_a_recipe_that_is_stopped_goes_on_exactly(zygote, tmp_path, recipe, stra
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     done = zygote.start(tmp_path / "whole.txt", world=2, argv=words(recipe, whole, strategy))
     assert done.wait() == [0, 0], done.text()
-    assert len(losses(whole)) == 12
+    assert len(losses_of(whole)) == 12
 
-    argv = words(recipe, parts, strategy)
-    started = zygote.start(tmp_path / "parts.txt", world=2, argv=argv)
-    deadline = time.monotonic() + 120
-    while not (parts / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(started.pids[1], signal.SIGTERM)
-    assert started.wait() == [85, 85], started.text()
-    stopped_at = len(losses(parts))
+    stopped_at = run_stopped_once(zygote, parts, words(recipe, parts, strategy))
     assert 0 < stopped_at < 12
-    done = zygote.start(tmp_path / "parts.txt", world=2, argv=argv)
-    assert done.wait() == [0, 0], done.text()
-    assert losses(parts) == losses(whole)
+    assert losses_of(parts) == losses_of(whole)
     last = json.loads((parts / "checkpoints" / "step-00000012" / "manifest.json").read_text())
     assert last["metrics"]["val/map_avg"] > 0
     speeds = [row for row in rows(parts) if "speed/clips_per_s" in row]
@@ -99,7 +84,7 @@ def test_a_loss_that_learns_goes_on_where_it_was(zygote, tmp_path, recipe, strat
     second = zygote.start(tmp_path / "parts.txt", world=2, argv=argv)
     assert second.wait() == [0, 0], second.text()
     assert learnt(tmp_path / "parts") == expected
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -119,7 +104,7 @@ def test_hard_negatives_go_on_exactly(zygote, tmp_path, recipe, strategy):
     for argv in (whole, [*parts, "--trainer.max_steps=3"], parts):
         done = zygote.start(tmp_path / "log.txt", world=2, argv=argv)
         assert done.wait() == [0, 0], done.text()
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole")
     shares = {float(r["train/negatives"]) for r in rows(tmp_path / "whole") if "train/loss" in r}
     assert min(shares) > 0.6 and max(shares) < 1  # a caption of verb 1 or 2 says "moves"
 
@@ -148,7 +133,7 @@ def test_what_saves_memory_changes_no_loss(zygote, tmp_path, recipe, strategy, o
         argv = [*words(recipe, tmp_path / name, strategy), *exact, *more]
         done = zygote.start(tmp_path / f"{name}.txt", world=2, argv=argv)
         assert done.wait() == [0, 0], done.text()
-    plain, saving = losses(tmp_path / "plain"), losses(tmp_path / "saving")
+    plain, saving = losses_of(tmp_path / "plain"), losses_of(tmp_path / "saving")
     assert len(plain) == 12
     for (step, loss), (same, other) in zip(plain, saving, strict=True):
         # sums in another order; Adam makes a whole step of a gradient that is all rounding

@@ -1,12 +1,8 @@
 """Training of a re-ranker: what is stopped goes on exactly, and two ranks train as one."""
 
-import csv
-import os
-import signal
-import time
-
 import pytest
 import torch
+from cluster_runs import losses_of, run_stopped_once
 from safetensors.torch import save_file
 
 from lightning_modules.checkpoints.model_config import config_to_json
@@ -47,11 +43,6 @@ def words(recipe, folder, *more, world=2, strategy="ddp"):
     return [*words, f"--run_dir={folder}", f"--trainer.precision={precision}", *more]
 
 
-def losses(folder):
-    with (folder / "logs" / "metrics.csv").open() as file:
-        return [(r["step"], r["train/loss"]) for r in csv.DictReader(file) if r.get("train/loss")]
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_a_stopped_reranker_goes_on_exactly(zygote, tmp_path, rerank_recipe, strategy):
@@ -59,19 +50,11 @@ def test_a_stopped_reranker_goes_on_exactly(zygote, tmp_path, rerank_recipe, str
     argv = words(rerank_recipe, whole, strategy=strategy)
     done = zygote.start(tmp_path / "whole.txt", world=2, argv=argv)
     assert done.wait() == [0, 0], done.text()
-    assert len(losses(whole)) == 12
+    assert len(losses_of(whole)) == 12
 
     argv = words(rerank_recipe, parts, strategy=strategy)
-    started = zygote.start(tmp_path / "parts.txt", world=2, argv=argv)
-    deadline = time.monotonic() + 120
-    while not (parts / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(started.pids[1], signal.SIGTERM)
-    assert started.wait() == [85, 85], started.text()
-    assert 0 < len(losses(parts)) < 12
-    done = zygote.start(tmp_path / "parts.txt", world=2, argv=argv)
-    assert done.wait() == [0, 0], done.text()
-    assert losses(parts) == losses(whole)
+    assert 0 < run_stopped_once(zygote, parts, argv) < 12
+    assert losses_of(parts) == losses_of(whole)
     last = "checkpoints/step-00000012"
     states = [find_checkpoint(run / last).read_module() for run in (whole, parts)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -86,7 +69,7 @@ def test_two_ranks_train_as_one(zygote, tmp_path, rerank_recipe):
         argv = words(rerank_recipe, tmp_path / str(world), *exact, world=world)
         done = zygote.start(tmp_path / f"{world}.txt", world=world, argv=argv)
         assert done.wait() == [0] * world, done.text()
-    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    one, two = losses_of(tmp_path / "1"), losses_of(tmp_path / "2")
     assert len(one) == 8 and float(one[-1][1]) < float(one[0][1])
     for (step, loss), (same, other) in zip(one, two, strict=True):
         # sums in another order; Adam makes a whole step of a gradient that is all rounding

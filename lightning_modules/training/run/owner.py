@@ -169,17 +169,12 @@ class RunOwnership:
 
     def owner(self) -> Owner | None:
         """The process that owns the run, as far as is known without waiting; None if none does."""
-        try:
-            number = self._highest() if self.folder.is_dir() else 0
-            beat, owner = self._read(number) if number else (_RELEASED, None)
-        except OSError:
-            return None
+        beat, owner = self._last()
         return None if beat == _RELEASED or owner is None or owner.lives() is False else owner
 
     def was_released(self) -> bool:
         """Whether the last owner gave the run back, or there never was one."""
-        number = self._highest() if self.folder.is_dir() else 0
-        return not number or self._read(number)[0] == _RELEASED
+        return self._last()[0] == _RELEASED
 
     def beat(self) -> bool:
         """Give a sign of life; False once another process has taken the run.
@@ -212,6 +207,14 @@ class RunOwnership:
             return content[:_BEAT_BYTES], Owner(**json.loads(content[_BEAT_BYTES:]))
         except (FileNotFoundError, ValueError, TypeError):
             return b"", None  # gone, or being written where there are no links
+
+    def _last(self) -> tuple[bytes, Owner | None]:
+        """What the last owner has written; nothing where that cannot be read."""
+        try:
+            number = self._highest() if self.folder.is_dir() else 0
+            return self._read(number) if number else (_RELEASED, None)
+        except OSError:
+            return b"", None
 
     def _overwrite(self, beat: bytes) -> bool:
         try:
