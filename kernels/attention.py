@@ -278,8 +278,8 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """The equation, in at least float32: every backend is tested against it."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     q_BHSD, k_BHSD, v_BHSD = (x.transpose(1, 2).to(dtype) for x in (q, k, v))
-    scores_BHSS = q_BHSD @ k_BHSD.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    scores_BHSS = q_BHSD @ k_BHSD.mT / math.sqrt(q.shape[-1])
     if causal:
-        future = torch.ones(scores_BHSS.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        future = torch.ones_like(scores_BHSS, dtype=torch.bool).triu(1)
         scores_BHSS = scores_BHSS.masked_fill(future, -torch.inf)
     return (scores_BHSS.softmax(dim=-1) @ v_BHSD).transpose(1, 2).to(v.dtype)

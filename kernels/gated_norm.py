@@ -63,7 +63,7 @@ def _forward(
 
 def _branches(hidden: Tensor, weight: Tensor) -> list[Tensor]:
     """Gate and value, (M, F) each, without the padding."""
-    return [part[:, : len(weight)] for part in hidden.chunk(2, dim=-1)]
+    return [part[:, : len(weight)] for part in hidden.chunk(2, dim=1)]
 
 
 @torch.library.register_fake("eva02_at::gated_norm")

@@ -33,7 +33,8 @@ def _rotate_parts(
 ) -> None:
     """Rotate the first parts (B, S, H, D) into their outputs, copy the others; no autograd.
 
-    An output may be its part itself. No way makes a temporary of q's size.
+    An output may be its part itself; its channel pairs can be viewed as complex numbers. No way
+    makes a temporary of q's size, except of parts that are laid out unlike any projection.
     """
     if fused:
         from kernels.triton_rotation import rotate_parts
@@ -42,21 +43,19 @@ def _rotate_parts(
         if len({x.stride() for x in turned}) > 1 or turned[0].stride(-1) != 1:
             turned = [x.contiguous() for x in turned]
         rotate_parts(turned, outs[:num_turned], factors, -1.0 if inverse else 1.0)
-    elif not all(map(_is_pairable, outs)):  # never so for what a linear map made
-        copies = [x.clone(memory_format=torch.contiguous_format) for x in parts]
-        _rotate_parts(copies, copies, factors, inverse=inverse, fused=False, num_turned=num_turned)
-        parts, num_turned = copies, 0
     else:
-        parts = [
-            x if _is_pairable(x) else x.clone(memory_format=torch.contiguous_format) for x in parts
-        ]
+        parts = [x if _is_pairable(x) else _copy(x) for x in parts]
         if c_rotation.can_rotate(parts[0], factors[0]):
             c_rotation.rotate_parts(parts, outs, factors, inverse, num_turned)
             return
-        for x, out in zip(parts[:num_turned], outs[:num_turned], strict=True):
-            _multiply_into(x, out, *factors, inverse)
-    for x, out in zip(parts[num_turned:], outs[num_turned:], strict=True):
-        out.copy_(x)
+        for i in range(num_turned):
+            _multiply_into(parts[i], outs[i], *factors, inverse)
+    for i in range(num_turned, len(parts)):
+        outs[i].copy_(parts[i])
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _multiply_into(
@@ -65,7 +64,7 @@ def _multiply_into(
     """Rotate (B, S, H, D): a complex product a frame, whose factor, (N, P), stays in the cache."""
     space, time = torch.view_as_complex(spatial), torch.view_as_complex(temporal)
     if out is not x:
-        out[:, :1].copy_(x[:, :1])
+        out[:, 0].copy_(x[:, 0])
     source, target = (t[:, 1:].unflatten(1, (len(time), -1)) for t in (x, out))
     for t, turn in enumerate(time):
         factor = (space * turn).unsqueeze(-2)
@@ -97,8 +96,13 @@ def rotate_packed_(packed: Tensor, spatial: Tensor, temporal: Tensor, fused: boo
     The parts are q, k, v (R = 3), or k, v (R = 2): v is untouched.
     """
     turned = packed.unbind(2)[:-1]
+    pairable = all(map(_is_pairable, turned))  # as whatever a linear map made
+    parts = turned if pairable else tuple(map(_copy, turned))
     factors = (spatial, temporal)
-    _rotate_parts(turned, turned, factors, inverse=False, fused=fused, num_turned=len(turned))
+    _rotate_parts(parts, parts, factors, inverse=False, fused=fused, num_turned=len(parts))
+    if not pairable:
+        for x, out in zip(parts, turned, strict=True):
+            out.copy_(x)
     if not packed.is_inference():  # so that autograd notices where somebody still needs it
         torch.autograd.graph.increment_version(packed)
 

@@ -150,7 +150,7 @@ def _cached_tables(
 
 def _frequencies(pairs: int, theta: float, stretch: float = 1.0) -> Tensor:
     """theta^(-i/pairs), i = 0..pairs-1, in float64 on the CPU; the last divided by the stretch."""
-    if stretch != 1.0 and pairs > 1:
+    if stretch != 1.0:  # of time, which turns 2 pairs at least
         theta *= stretch ** (pairs / (pairs - 1))
     return theta ** (-torch.arange(pairs, dtype=torch.float64, device="cpu") / pairs)
 
@@ -211,7 +211,7 @@ def rotate_reference(x: Tensor, tables: StRopeTables) -> Tensor:
     space, time = (torch.view_as_complex(table.to(dtype)) for table in tables)
     factor = (time[:, None, :] * space[..., None, :, :]).flatten(-3, -2)  # (T*N, P)
     cos, sin = factor.real.unsqueeze(-2), factor.imag.unsqueeze(-2)  # one for all heads
-    cls, patches = x[:, :1], x[:, 1:].to(dtype)
+    cls, patches = x[:, :1], x[:, 1:]
     even, odd = patches[..., 0::2], patches[..., 1::2]
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
     return torch.cat((cls, turned.to(x.dtype)), dim=1)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from python_process import run_python
 from torch.utils.checkpoint import checkpoint
 
+from kernels import xformers_door
 from kernels.attention import (
     BACKENDS,
+    BackendStatus,
     available_backends,
     resolve_backend,
     st_rope_attention,
@@ -89,10 +92,12 @@ def test_values_and_gradients(
     torch.testing.assert_close(separate, packed, rtol=0, atol=0)  # inputs are left untouched
 
 
-@pytest.mark.parametrize("backend", [n for n, d in CASES if d == torch.float32])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [case for case in CASES if case[1] in (torch.float32, torch.float64)]
+)
 @pytest.mark.parametrize("kind", ["cls, rotated", "cls", "any token, causal"])
-def test_one_query_is_a_row_of_the_whole(backend: str, kind: str) -> None:
-    tables, packed = inputs(torch.float32)
+def test_one_query_is_a_row_of_the_whole(backend: str, dtype: torch.dtype, kind: str) -> None:
+    tables, packed = inputs(dtype)
     causal, used = "causal" in kind, tables if "rotated" in kind else None
     index = torch.tensor([7, 18] if causal else [0, 0], device=DEVICE)
     rows = torch.arange(2, device=DEVICE)
@@ -101,11 +106,43 @@ def test_one_query_is_a_row_of_the_whole(backend: str, kind: str) -> None:
     leaf = packed.clone().requires_grad_()
     q = leaf[rows, index, : HEADS * DIM].view(2, 1, HEADS, DIM)
     projected = leaf[:, :, HEADS * DIM :] * 1
-    out = st_rope_attention_pooled(q, projected, index, used, backend=backend, causal=causal)
-    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
+    options = {"backend": backend} | ({"causal": True} if causal else {})
+    out = st_rope_attention_pooled(q, projected, index, used, **options)
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
     out.sum().backward()
     expected.sum().backward()
-    torch.testing.assert_close(leaf.grad.double(), whole.grad, rtol=0, atol=1e-5)
+    torch.testing.assert_close(leaf.grad.double(), whole.grad, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_reference_rounds_nothing_but_its_result(dtype: torch.dtype) -> None:
+    tables, packed = inputs(dtype)
+    results = []
+    for numbers in (packed, packed.float()):
+        q, k, v = numbers.unflatten(-1, (3, HEADS, DIM)).unbind(2)
+        results.append(
+            (
+                st_rope_attention(q, k, v, tables, backend="reference"),
+                st_rope_attention_packed(numbers, HEADS, tables, backend="reference"),
+            )
+        )
+    for rounded, precise in zip(*results, strict=True):
+        assert torch.equal(rounded, precise.to(dtype))
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_the_default_device_has_no_say(backend: str) -> None:
+    tables, packed = inputs(torch.float32)
+    index = torch.tensor([7, 18], device=DEVICE)
+    expected = exact(packed, tables, causal=True)
+    q, k, v = packed.unflatten(-1, (3, HEADS, DIM)).unbind(2)
+    one, two = q[:, 7:8], packed[:, :, HEADS * DIM :]
+    with torch.device("meta"):
+        out = st_rope_attention(q, k, v, tables, backend=backend, causal=True)
+        pooled = st_rope_attention_pooled(one, two, index, None, backend=backend, causal=True)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
+    assert pooled.device == packed.device
 
 
 def test_each_clip_with_patches_of_its_own() -> None:
@@ -166,13 +203,10 @@ def test_torch_compile_sees_one_graph() -> None:
     torch.testing.assert_close(*results)
 
 
-def test_door_says_what_can_run_and_why() -> None:
-    statuses = available_backends("cpu", torch.float32)
-    assert tuple(statuses) == BACKENDS
-    assert statuses["sdpa"].available and statuses["reference"].available
-    assert not statuses["xformers"].available and "CUDA only" in statuses["xformers"].reason
-    for status in statuses.values():
-        assert status.reason
+def test_the_door_on_this_machine() -> None:
+    assert available_backends("cpu")["xformers"] == BackendStatus(
+        False, "xformers attention runs on CUDA only, not on cpu"
+    )
     assert resolve_backend("auto", "cpu", torch.float32) == "sdpa"
 
 
@@ -182,6 +216,30 @@ def test_a_named_backend_that_cannot_run_is_an_error() -> None:
         st_rope_attention(q, q, q, None, backend="xformers")
     with pytest.raises(ValueError, match="'flash'; one of: auto, reference"):
         st_rope_attention(q, q, q, None, backend="flash")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_what_xformers_is_given(
+    rotated: bool, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its place is taken by torch's attention, of which it has the layout (B, S, H, D)."""
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+        turned = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*turned, is_causal=causal).transpose(1, 2) + 1
+
+    monkeypatch.setattr(xformers_door, "status", lambda *_: (True, "as if"))
+    monkeypatch.setattr(xformers_door, "attention", attention)
+    tables, packed = inputs(torch.float32)
+    used, options = tables if rotated else None, {"backend": "xformers", "causal": causal}
+    expected = exact(packed, used, causal) + 1
+    q, k, v = packed.unflatten(-1, (3, HEADS, DIM)).unbind(2)
+    for out in (
+        st_rope_attention(q, k, v, used, **options),
+        st_rope_attention_packed(packed.clone(), HEADS, used, **options),
+    ):
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
 
 
 def test_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

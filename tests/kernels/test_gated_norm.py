@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import c_gated_norm, c_library
+from kernels import c_gated_norm, c_library, triton_gated_norm
 from kernels.gated_norm import gated_norm
 from lightning_modules.bench.timing import peak_tensor_bytes
 
@@ -111,7 +112,7 @@ def test_gradients_are_those_of_the_function() -> None:
     torch.autograd.gradcheck(lambda *a: gated_norm(*a, 1e-6, backend="sdpa"), (x, weight, bias))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2], ids=["1 thread", "2 threads"])
 def test_the_same_bits_every_time(backend: str, threads: int) -> None:
     """Sums over tokens are added up in an order that the number of threads alone decides."""
     before = torch.get_num_threads()
@@ -179,6 +180,18 @@ def test_any_strides(backend: str) -> None:
         (out[..., :1] * 2).expand(3, 4, 5).sum().backward()  # a gradient of strides 0
         results.append((out, leaf.grad))
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_what_was_asked_for_runs_forward_and_backward(
+    backend: str, listen: Callable[..., list[str]], request: pytest.FixtureRequest
+) -> None:
+    """The forms agree, so their results do not tell which one ran."""
+    for way in ("forward", "backward"):
+        listen(triton_gated_norm, way, f"triton {way}")
+        ran = listen(c_gated_norm, way, f"c {way}")
+    gated_norm(*inputs(torch.float32), 1e-6, backend=backend).sum().backward()
+    form = request.node.callspec.params["backend"]
+    assert ran == ([] if form == "separate" else [f"{form} forward", f"{form} backward"])
 
 
 def test_operators_are_registered_correctly(backend: str) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from kernels import c_library, c_rotation
+from kernels import c_library, c_rotation, rotation, triton_rotation
 from kernels.attention import available_backends
 from kernels.rotation import _multiply_into, pack_unrotated, rotate, rotate_packed_, split_rotated
 from kernels.st_rope import StRopeTables, apply_st_rope, rotate_reference, st_rope_tables
@@ -165,11 +166,27 @@ def test_any_strides(fused: bool) -> None:
     factors = tables.factors(torch.float32)
     for got, x in zip(rotate(q, k, *factors, False, fused), (q, k), strict=True):
         assert_near(got, rotate_reference(x, tables))
-    odd = torch.randn(packed.numel() + 1, device=DEVICE)[1:].view(packed.shape)  # odd offset
-    expected = rotate_reference(odd[:, :, 1], tables)
-    assert_near(rotate(odd[:, :, 1], odd[:, :, 1], *factors, False, fused)[0], expected)
-    rotate_packed_(odd, *factors, fused)
-    assert_near(odd[:, :, 1], expected)
+
+
+@pytest.mark.parametrize("odd", ["clip", "token", "head", "offset", "channels in front"])
+def test_pairs_that_are_no_complex_numbers_in_memory(odd: str, fused: bool) -> None:
+    """Each stride alone, in place and into new tensors; no projection comes out so."""
+    tables, values = inputs(SHAPES[0], torch.float32)
+    factors = tables.factors(torch.float32)
+    memory = torch.full((8000,), torch.nan, device=DEVICE)
+    steps = (4000 + (odd == "clip"), 200 + (odd == "token"), 64, 20 + (odd == "head"), 1)
+    packed = memory.as_strided(values.shape, steps, int(odd == "offset"))
+    if odd == "channels in front":
+        packed = torch.empty(20, *values.shape[:-1], device=DEVICE).permute(1, 2, 3, 4, 0)
+    packed.copy_(values)
+    q, k, v = values.unbind(2)
+    expected = (rotate_reference(q, tables), rotate_reference(k, tables), v)
+    new = rotate(packed[:, :, 0], packed[:, :, 1], *factors, False, fused)
+    rotate_packed_(packed, *factors, fused)
+    for got, want in zip((*new, *packed.unbind(2)), (*expected[:2], *expected), strict=True):
+        assert_near(got, want)
+    packed.fill_(torch.nan)
+    assert memory.isnan().all()  # and nothing beside it
 
 
 def test_a_projection_that_the_backward_still_needs_is_noticed(fused: bool) -> None:
@@ -184,11 +201,49 @@ def test_a_projection_that_the_backward_still_needs_is_noticed(fused: bool) -> N
         split_rotated(leaf * 1, 3, 3, *tables.factors(torch.float32), fused=fused)
 
 
-def test_inputs_of_apply_are_untouched() -> None:
+def test_no_temporary_of_the_size_of_q(fused: bool) -> None:
+    tables, packed = inputs(((4, 4), 16, 2, 64), torch.float32, batch=1)
+    factors = tables.factors(torch.float32)
+    q, k, _ = packed.unbind(2)
+    one = q.numel() * q.element_size()
+    assert peak_tensor_bytes(lambda: rotate_packed_(packed, *factors, fused)) < one / 2
+    assert peak_tensor_bytes(lambda: rotate(q, k, *factors, False, fused)) < 2.5 * one
+
+
+def test_what_was_asked_for_turns_forward_and_backward(
+    fused: bool, listen: Callable[..., list[str]], request: pytest.FixtureRequest
+) -> None:
+    """The forms agree, so their results do not tell which one ran."""
+    listen(triton_rotation, "rotate_parts", "triton")
+    listen(c_rotation, "rotate_parts", "c")
+    ran = listen(rotation, "_multiply_into", "complex")
     tables, packed = inputs(SHAPES[0], torch.float32)
+    factors = tables.factors(torch.float32)
+    leaf = packed.flatten(2).requires_grad_()
+    sum(split_rotated(leaf * 1, 3, 3, *factors, fused=fused)).sum().backward()
+    q, k, _ = packed.detach().requires_grad_().unbind(2)
+    sum(rotate(q, k, *factors, False, fused)).sum().backward()
+    form = request.node.callspec.params["fused"]
+    assert ran == [form] * (8 if form == "complex" else 4)  # of which each call turns one part
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_apply_makes_new_tensors(dtype: torch.dtype) -> None:
+    tables, packed = inputs(SHAPES[0], dtype)
     before = packed.clone()
-    apply_st_rope(packed[:, :, 0], packed[:, :, 1], tables)
+    q, k, _ = packed.unbind(2)
+    for got, x in zip(apply_st_rope(q, k, tables), (q, k), strict=True):
+        assert_near(got, rotate_reference(x, tables))
     assert torch.equal(packed, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_the_reference_computes_in_float32(dtype: torch.dtype) -> None:
+    """Whatever the precision that the tables are kept in."""
+    tables, packed = inputs(SHAPES[0], dtype)
+    rounded = StRopeTables(*tables.factors(torch.float32))
+    for x in packed.unbind(2):
+        assert torch.equal(rotate_reference(x, tables), rotate_reference(x, rounded))
 
 
 def test_operators_are_registered_correctly(fused: bool) -> None:
@@ -259,13 +314,6 @@ def test_without_a_compiler_it_says_so_and_multiplies(
     rotate_packed_(packed, *tables.factors(torch.float32), False)
     assert_near(packed[:, :, 0], expected)
     assert not list(tmp_path.iterdir()), "the build left something behind"
-
-
-def test_tokens_of_another_clip_are_refused() -> None:
-    tables = st_rope_tables((2, 3), 3, 20)
-    q = torch.randn(1, 18, 2, 20)
-    with pytest.raises(ValueError, match=r"18 tokens of head dim 20.*1 \+ 3\*6 tokens"):
-        apply_st_rope(q, q, tables)
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
