@@ -146,7 +146,8 @@ def main(rooms: list[str]) -> int:
             tried = found.total() - untried
             whole = whole and not untried
             share = f"{alive / tried:.1%}" if tried else "-"
-            told = f", {untried} NOT TRIED" if untried else ""
+            told = f", {found['timeout']} ran out of time" if found["timeout"] else ""
+            told += f", {untried} NOT TRIED" if untried else ""
             print(f"{path:<55}{tried:>6} mutants{alive:>5} survive ({share}){told}")
         print("".join(f"  {n}\n" for n, o in outcomes.items() if o == SURVIVED), end="")
     return 0 if whole else 1

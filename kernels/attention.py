@@ -133,13 +133,10 @@ def _resolve(
 def _plan(
     backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> tuple[str, bool]:
-    """What runs: the attention ("reference", "sdpa", "xformers"), and whether q, k turn fused."""
+    """What runs: the backend, and whether q and k turn fused."""
     name = resolve_backend(backend, device, dtype, head_dim)
-    if name == "xformers":
-        return "xformers", fused_status(device.type)[0]
-    if name == "triton":
-        return "sdpa", True
-    return name, False
+    fused = name == "triton" or (name == "xformers" and fused_status(device.type)[0])
+    return name, fused
 
 
 # For torch.compile the plan is a constant, decided while tracing. This is all that
@@ -175,16 +172,16 @@ def st_rope_attention(
     Raises:
         ValueError: for a backend that cannot run here, or tables of another clip.
     """
-    attention, fused = _plan(backend, q.device, q.dtype, q.shape[-1])
+    name, fused = _plan(backend, q.device, q.dtype, q.shape[-1])
     if tables is not None:
         for x in (q, k):
             check_tables(x.shape[1], x.shape[-1], tables)
-        if attention == "reference":
+        if name == "reference":
             precise = torch.promote_types(q.dtype, torch.float32)
             q, k = (rotate_reference(x.to(precise), tables) for x in (q, k))
         else:
             q, k = rotate(q, k, *tables.factors(q.dtype), False, fused)
-    return _attend(q, k, v, attention, causal)
+    return _attend(q, k, v, name, causal)
 
 
 def st_rope_attention_packed(
@@ -212,14 +209,14 @@ def st_rope_attention_packed(
         ValueError: for a backend that cannot run here, or tables of another clip.
     """
     head_dim = projected.shape[-1] // (3 * num_heads)
-    attention, fused = _plan(backend, projected.device, projected.dtype, head_dim)
-    if tables is None or attention == "reference":
+    name, fused = _plan(backend, projected.device, projected.dtype, head_dim)
+    if tables is None or name == "reference":
         q, k, v = projected.unflatten(-1, (3, num_heads, head_dim)).unbind(2)
         return st_rope_attention(q, k, v, tables, backend=backend, causal=causal)
     check_tables(projected.shape[1], head_dim, tables)
     factors = tables.factors(projected.dtype)
     q, k, v = split_rotated(projected, 3, num_heads, *factors, fused=fused)
-    return _attend(q, k, v, attention, causal)
+    return _attend(q, k, v, name, causal)
 
 
 def st_rope_attention_pooled(
@@ -249,8 +246,8 @@ def st_rope_attention_pooled(
         (B, 1, H, D).
     """
     num_heads, head_dim = q.shape[2:]
-    attention, fused = _plan(backend, q.device, q.dtype, head_dim)
-    if tables is None or attention == "reference":
+    name, fused = _plan(backend, q.device, q.dtype, head_dim)
+    if tables is None or name == "reference":
         k, v = projected.unflatten(-1, (2, num_heads, head_dim)).unbind(2)
         if tables is not None:
             k = rotate_reference(k, tables)
@@ -264,10 +261,10 @@ def st_rope_attention_pooled(
     return F.scaled_dot_product_attention(q_BHSD, k_BHSD, v_BHSD, attn_mask=seen).transpose(1, 2)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, library: str, causal: bool) -> Tensor:
-    if library == "reference":
+def _attend(q: Tensor, k: Tensor, v: Tensor, backend: str, causal: bool) -> Tensor:
+    if backend == "reference":
         return _reference(q, k, v, causal)
-    if library == "xformers":
+    if backend == "xformers":
         return xformers_door.attention(q, k, v, causal)
     q_BHSD, k_BHSD, v_BHSD = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q_BHSD, k_BHSD, v_BHSD, is_causal=causal)
