@@ -100,18 +100,24 @@ def weights(tmp_path: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
 
 
-def test_pushed_then_read_by_everything(hub: HubServer, run, tmp_path: Path) -> None:
-    """convert --push, then convert, the mixin, a second commit and a pinned revision."""
-    save_file(model().state_dict(), tmp_path / "in.safetensors")
-    (tmp_path / "in.json").write_text(json.dumps({"model": json.loads(_json())}))
+def push(run, folder: Path, *more: str):
+    """Convert a model and push it as `lab/model`."""
+    save_file(model().state_dict(), folder / "in.safetensors")
+    (folder / "in.json").write_text(json.dumps({"model": json.loads(_json())}))
+    words = ["convert", "--input", str(folder / "in.safetensors"), "--output"]
+    words += [str(folder / "out.safetensors"), "--push", "lab/model", "--licence", "mit"]
+    done = run(*words, *more)
+    assert done.code == 0, done.err
+    return done
+
+
+def test_pushed_then_converted(hub: HubServer, run, tmp_path: Path) -> None:
+    """A second commit, and a pinned revision."""
     results = tmp_path / "mir.json"
     per_query = {"map": {"v2t": [0.25, 0.5, 0.75], "t2v": [0.5, 0.5]}}
     figures = {"map": {"v2t": 50.0, "t2v": 50.0, "avg": 50.0}, "per_query": per_query}
     results.write_text(json.dumps({"benchmark": "ek100_mir", "protocol": "4 frames", **figures}))
-    words = ["convert", "--input", str(tmp_path / "in.safetensors"), "--output"]
-    words += [str(tmp_path / "out.safetensors"), "--push", "lab/model", "--licence", "mit"]
-    done = run(*words, "--results", str(results))
-    assert done.code == 0, done.err
+    done = push(run, tmp_path, "--results", str(results))
     (first,) = hub.repositories["lab/model"].commits
     assert f"pushed to {hub.url}/lab/model/commit/{first}" in done.out
     files = hub.repositories["lab/model"].commits[first]
@@ -130,6 +136,10 @@ def test_pushed_then_read_by_everything(hub: HubServer, run, tmp_path: Path) -> 
         assert done.code == 0, done.err
         assert_same(tmp_path / "again.safetensors", expected)
 
+
+def test_pushed_then_read_by_the_mixin(hub: HubServer, run, tmp_path: Path) -> None:
+    push(run, tmp_path)
+    (first,) = hub.repositories["lab/model"].commits
     code = (
         "import sys, torch; from lightning_modules.models import DualEncoder;"
         f"m = DualEncoder.from_pretrained('lab/model', revision='{first}');"

@@ -62,7 +62,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     torch.save({"weight": torch.ones(3)}, folder / "model.pt")
     handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("EVA02_AT_CACHE", str(tmp_path / "cache"))
 
     def entry(told: str) -> ZooEntry:
