@@ -17,11 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.checkpoints.layouts import Translation, translate, unwrap
-from lightning_modules.checkpoints.plain_data import (
-    first_line,
-    foreign_content,
-    plain_data_only,
-)
+from lightning_modules.checkpoints.plain_data import first_line, foreign_content
 from lightning_modules.models import DualEncoderConfig
 from lightning_modules.models.interpolate import interpolate_spatial, interpolate_temporal
 from lightning_modules.models.towers import Towers
@@ -147,8 +143,7 @@ def read_checkpoint(path: str | PathLike[str]) -> object:
             warnings.simplefilter("ignore")  # "looks like a TorchScript archive": said below
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        with plain_data_only():
-            told = foreign_content(path) or "is damaged"
+        told = foreign_content(path) or "is damaged"
         raise ValueError(
             f"checkpoint {path} {told}; it is not unpickled, because a pickle can run any code. If "
             "you trust where it comes from, save its state dict alone with torch.save or "
@@ -159,16 +154,15 @@ def read_checkpoint(path: str | PathLike[str]) -> object:
             raise  # the storage's, which says nothing of the file; a bad seek is the file's
         if isinstance(error, MemoryError):
             raise
-        if "TorchScript" in str(error):
-            mend = (
-                "It is a TorchScript program (OpenAI's original files are), which is not run "
+        told = f"{first_line(error)}. It may be cut short: compare its size with the publisher's."
+        if "TorchScript" in str(error):  # torch's own words advise to read it unsafely
+            told = (
+                "it is a TorchScript program (OpenAI's original files are), which is not run "
                 "here. If you trust where it comes from, take its weights out once: python -c "
                 f"\"import torch; torch.save(torch.jit.load('{path}', 'cpu').state_dict(), "
                 "'weights.pt')\""
             )
-        else:
-            mend = "It may be cut short: compare its size with the publisher's."
-        raise ValueError(f"checkpoint {path} cannot be read: {first_line(error)}. {mend}") from None
+        raise ValueError(f"checkpoint {path} cannot be read: {told}") from None
 
 
 def _fit(found: Translation, model: Towers) -> tuple[dict[str, Tensor], LoadReport]:

@@ -15,25 +15,26 @@ from typing import Any
 import torch
 
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_FORCE_NOT = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch refuses to load where both are set
 
 
 @contextlib.contextmanager
 def plain_data_only(*, deepspeed: bool = False) -> Iterator[None]:
     """Make every `torch.load` inside refuse whatever is not a tensor or plain data.
 
+    Whatever the user's environment says, which is as it was afterwards.
+
     Args:
         deepspeed: Admit, by name, the three plain classes that DeepSpeed's files hold.
     """
-    before = os.environ.get(_FORCE)
+    before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORCE_NOT)}
     os.environ[_FORCE] = "1"
     try:
         with torch.serialization.safe_globals(_deepspeed_classes() if deepspeed else []):
             yield
     finally:
-        if before is None:
-            del os.environ[_FORCE]
-        else:
-            os.environ[_FORCE] = before
+        del os.environ[_FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def _deepspeed_classes() -> list[Any]:
@@ -49,7 +50,8 @@ def _deepspeed_classes() -> list[Any]:
 def foreign_content(path: Path) -> str | None:
     """Say what a torch file holds beside tensors and plain data; None if nothing.
 
-    Reads the file's table and not its tensors. Call it inside `plain_data_only`.
+    Reads the file's table and not its tensors. What a `plain_data_only` around it admits counts as
+    plain.
     """
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -72,13 +74,11 @@ def load_plain(path: Path) -> Any:
         ValueError: it holds more, or cannot be read.
     """
     try:
-        with plain_data_only():
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # as above
-        with plain_data_only():
-            told = foreign_content(path)
+        told = foreign_content(path)
         raise ValueError(
             f"{path} {told or f'cannot be read ({first_line(error)})'}; only tensors and "
             "plain data are read from a checkpoint, because a pickle can run any code. Mend: start "

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.checkpoints.plain_data import plain_data_only
+from lightning_modules.checkpoints.plain_data import (
+    first_line,
+    foreign_content,
+    plain_data_only,
+)
+from lightning_modules.training.run.checkpoint_store import is_of_the_machine
 
 
 def is_deepspeed_folder(folder: Path) -> bool:
@@ -32,6 +37,7 @@ def consolidate(folder: Path) -> dict[str, Tensor]:
 
     Raises:
         ValueError: a rank's file is missing, damaged, or holds more than tensors and plain data.
+        OSError: the storage fails.
     """
     try:
         with plain_data_only(deepspeed=True), _quietly():
@@ -42,16 +48,21 @@ def consolidate(folder: Path) -> dict[str, Tensor]:
             return zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
                 str(folder.parent), tag=folder.name
             )
-    except pickle.UnpicklingError as error:
+    except MemoryError:
+        raise
+    except pickle.UnpicklingError:
+        with plain_data_only(deepspeed=True):
+            told = [f"{p.name} {what}" for p in folder.glob("*.pt") if (what := foreign_content(p))]
         raise ValueError(
-            f"DeepSpeed checkpoint {folder} holds more than tensors and plain data, or is "
-            f"damaged, and is not unpickled, because a pickle can run any code: "
-            f"{_reason(error)}"
+            f"DeepSpeed checkpoint {folder}: {min(told, default='a file is damaged')}; it is not "
+            "unpickled, because a pickle can run any code"
         ) from None
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError) as error:
+    except Exception as error:  # an unpickler's operations on any bytes raise anything
+        if is_of_the_machine(error):
+            raise
         raise ValueError(
-            f"DeepSpeed checkpoint {folder} cannot be joined: {_reason(error)}. A rank's file may "
-            "be missing or cut short."
+            f"DeepSpeed checkpoint {folder} cannot be joined: {first_line(error)}. A rank's file "
+            "may be missing or cut short."
         ) from None
 
 
@@ -71,9 +82,3 @@ def _quietly() -> Iterator[None]:
     ):
         warnings.simplefilter("ignore")
         yield
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines()]
-    told = next((line for line in lines if "Unsupported global" in line), None)
-    return told or next(iter(lines), "") or type(error).__name__
