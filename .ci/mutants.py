@@ -31,8 +31,13 @@ ROOMS = {
     ),
     "checkpoints": (
         ["lightning_modules/checkpoints/*.py"],
-        ["tests/checkpoints", "tests/inference/test_convert.py", "tests/sharing"]
-        + ["tests/evaluation/test_rerank.py"],
+        [
+            "tests/checkpoints",
+            "tests/inference/test_convert.py",
+            "tests/sharing",
+            "tests/evaluation/test_rerank.py",
+            "tests/evaluation/test_reranker_files.py",
+        ],
     ),
     "kernels": (
         # what runs without a GPU; Triton's and C's own text is out of reach

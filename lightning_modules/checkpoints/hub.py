@@ -130,7 +130,7 @@ def _only_weights(address: HubAddress, names: Iterable[str]) -> str:
     raise ValueError(f"{address}: {rule if found else 'the repository holds no weights'}")
 
 
-def push(repo: str, folder: Path, *, private: bool = False) -> str:
+def push(repo: str, folder: Path, *, private: bool) -> str:
     """Upload a folder as one commit, making the repository where there is none.
 
     Args:

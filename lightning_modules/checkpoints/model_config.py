@@ -144,7 +144,7 @@ def _dataclass_of(kind: type, values: Mapping[str, Any], where: str) -> Any:
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name, known)
     return f"unknown field {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
@@ -282,9 +282,7 @@ def _fill(
         assumed.append(f"{told}, which come with the file's layout")
     elif vision.activation == "quick_gelu":
         assumed.append(f"vision.activation and text.activation are {_QUICK_GELU_NOTE}")
-    vision = dataclasses.replace(
-        vision, image_size=side * vision.patch_size, num_frames=frames, temporal=temporal
-    )
+    vision = dataclasses.replace(vision, image_size=side * vision.patch_size, num_frames=frames)
     text: TextConfig = dataclasses.replace(
         preset.text,
         vocab_size=shapes["text.token_embedding.weight"][0],

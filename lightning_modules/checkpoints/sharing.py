@@ -35,7 +35,6 @@ def model_card(name: str, loaded: Loaded, licence: str, results: Sequence[Path] 
     environment = Environment(
         loader=PackageLoader("lightning_modules.checkpoints", "."),
         undefined=StrictUndefined,
-        autoescape=False,  # Markdown
         trim_blocks=True,
     )
     recipe = _recipe(loaded.source.config)
@@ -52,7 +51,7 @@ def model_card(name: str, loaded: Loaded, licence: str, results: Sequence[Path] 
     )
 
 
-def push_model(name: str, weights: Path, card: str, *, private: bool = False) -> str:
+def push_model(name: str, weights: Path, card: str, *, private: bool) -> str:
     """Upload what `save_model` wrote, under the names the Hub knows, and the card.
 
     Returns:

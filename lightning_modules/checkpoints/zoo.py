@@ -81,7 +81,7 @@ def find_entry(name: str) -> ZooEntry:
     """
     if name in zoo():
         return zoo()[name]
-    near = difflib.get_close_matches(name, zoo(), n=1)
+    near = difflib.get_close_matches(name, zoo())
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"the zoo has no {name!r} (`eva02-at zoo` lists them){hint}")
 

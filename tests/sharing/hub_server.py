@@ -45,6 +45,7 @@ class HubServer:
         self.repositories: dict[str, Repository] = {}
         self.private: set[str] = set()
         self.requests: list[tuple[str, str, str]] = []  # method, path, authorization
+        self.messages: list[str] = []  # of commits
         self.failure: int | None = None  # answer everything with this status
         server = self
 
@@ -107,7 +108,7 @@ class HubServer:
             return
         known = name in self.repositories
         self.repositories.setdefault(name, Repository())
-        if wanted.get("private"):
+        if wanted.get("visibility") == "private":
             self.private.add(name)
         _send(request, 409 if known else 200, {"url": f"{self.url}/{name}", "id": name})
 
@@ -118,6 +119,7 @@ class HubServer:
             for line in lines
             if line["key"] == "file"
         }
+        self.messages += [line["value"]["summary"] for line in lines if line["key"] == "header"]
         number = self.repositories[name].commit(files)
         url = f"{self.url}/{name}/commit/{number}"
         _send(request, 200, {"commitUrl": url, "commitOid": number, "success": True})

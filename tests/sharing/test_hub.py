@@ -10,15 +10,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx2
 import pytest
 import torch
 from hub_server import HubServer, Repository
-from huggingface_hub import constants
+from huggingface_hub import constants, errors
 from safetensors.torch import save_file
 
+from lightning_modules.checkpoints import hub as hub_module
 from lightning_modules.checkpoints.conversion import save_model
-from lightning_modules.checkpoints.hub import HubAddress
-from lightning_modules.checkpoints.sharing import model_card
+from lightning_modules.checkpoints.hub import HubAddress, fetch
+from lightning_modules.checkpoints.sharing import model_card, push_model
 from lightning_modules.checkpoints.source import find_checkpoint
 from lightning_modules.cli.main import main
 from lightning_modules.models import (
@@ -30,6 +32,7 @@ from lightning_modules.models import (
 from lightning_modules.sweep.discovery import find_checkpoints, plan_cells
 
 TOKEN = "hf_ThisMustNeverBeSeenAnywhere"
+LOGIN = "`hf auth login`, or HF_TOKEN, where it is private or yours to write"
 CONFIG = DualEncoderConfig(
     VisionConfig(image_size=16, patch_size=8, width=32, depth=2, num_heads=2, mlp_hidden=40),
     TextConfig(width=16, depth=2, num_heads=2),
@@ -120,6 +123,7 @@ def test_pushed_then_converted(hub: HubServer, run, tmp_path: Path) -> None:
     done = push(run, tmp_path, "--results", str(results))
     (first,) = hub.repositories["lab/model"].commits
     assert f"pushed to {hub.url}/lab/model/commit/{first}" in done.out
+    assert hub.messages == ["Converted by eva02-at"] and not hub.private
     files = hub.repositories["lab/model"].commits[first]
     assert set(files) >= {"model.safetensors", "config.json", "README.md"}
     card = files["README.md"].decode()
@@ -135,6 +139,19 @@ def test_pushed_then_converted(hub: HubServer, run, tmp_path: Path) -> None:
         done = run("convert", "--input", f"hf:{address}", "--output", output)
         assert done.code == 0, done.err
         assert_same(tmp_path / "again.safetensors", expected)
+
+
+def test_pushed_again_privately_or_not_at_all(hub: HubServer, run, tmp_path: Path) -> None:
+    push(run, tmp_path, "--private")
+    assert hub.private == {"lab/model"}
+    before = set(hub.repositories["lab/model"].commits)
+    (tmp_path / "out.safetensors").unlink()
+    push(run, tmp_path)
+    assert len(set(hub.repositories["lab/model"].commits) - before) == 1
+    hub.failure = 403
+    with pytest.raises(ValueError) as caught:
+        push_model("lab/model", tmp_path / "out.safetensors", "card", private=False)
+    assert str(caught.value) == f"hf:lab/model: the Hub answers HTTP 403; {LOGIN}"
 
 
 def test_pushed_then_read_by_the_mixin(hub: HubServer, run, tmp_path: Path) -> None:
@@ -174,7 +191,112 @@ def test_offline_the_cache_serves(
     assert done.code == 0, done.err
     assert_same(tmp_path / "o.safetensors", model())
     assert len(hub.requests) == asked
-    assert "cache is used" in done.log
+    told = "hf:lab/model: the Hub cannot be asked (OfflineModeIsEnabled); the cache is used"
+    assert told in done.log
+
+
+def test_the_cache_knows_repositories_and_revisions_apart(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = []
+    for name, file in (("lab/one", "one.pt"), ("lab/two", "two.pt"), ("lab/two", "new.pt")):
+        repository = hub.repositories.setdefault(name, Repository())
+        commits.append(repository.commit({file: name.encode(), "notes.md": b"#"}))
+        if file != "new.pt":
+            assert fetch(f"hf:{name}").read_bytes() == name.encode()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for name, revision, file in (
+        ("lab/one", "", "one.pt"),
+        ("lab/two", "", "two.pt"),
+        ("lab/two", f"@{commits[1]}", "two.pt"),
+    ):
+        found = fetch(f"hf:{name}{revision}")
+        assert found.name == file and found.read_bytes() == name.encode()
+    for address in ("lab/three", f"lab/two@{commits[2]}", f"lab/one@{commits[1]}"):
+        with pytest.raises(ValueError, match=f"^hf:{address} is not in the Hub's cache, and the"):
+            fetch(f"hf:{address}")
+
+
+def answered(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPError:
+    request = httpx2.Request("GET", "http://hub/secret")
+    return kind("secret", response=httpx2.Response(status, request=request))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            answered(errors.GatedRepoError, 403),
+            f": its owner gives access on request; ask, then {LOGIN}",
+        ),
+        (answered(errors.RevisionNotFoundError, 404), ": the repository has no such revision"),
+        (
+            answered(errors.RepositoryNotFoundError, 404),
+            f": no such repository on the Hub, or no access: {LOGIN}",
+        ),
+        (errors.HFValidationError("'a--b' is no name"), ": 'a--b' is no name"),
+        *(
+            (
+                error,
+                " is not in the Hub's cache, and the Hub cannot be reached (HF_HUB_OFFLINE, or no "
+                "network). Fetch it once where there is one, with the same HF_HOME",
+            )
+            for error in (
+                errors.LocalEntryNotFoundError("secret"),
+                errors.OfflineModeIsEnabled("secret"),
+            )
+        ),
+        (errors.EntryNotFoundError("secret"), ": the repository has no such file"),
+        (answered(errors.HfHubHTTPError, 503), f": the Hub answers HTTP 503; {LOGIN}"),
+        (httpx2.ReadTimeout("secret"), f": the Hub answers ReadTimeout; {LOGIN}"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_the_hub_answers_is_told_without_its_words(monkeypatch, error, told: str) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(hub_module, "snapshot_download", refuse)
+    with pytest.raises(ValueError) as caught:
+        fetch("hf:lab/model/w/a.pt@v1")
+    assert str(caught.value) == f"hf:lab/model/w/a.pt@v1{told}"
+
+
+def test_what_describes_a_file_is_fetched_beside_it(hub: HubServer) -> None:
+    files = ("w/a.pt", "w/a.json", "config.json", "w/b.pt", "w/b.json", "notes.md")
+    hub.repositories["lab/model"] = Repository()
+    hub.repositories["lab/model"].commit({name: name.encode() for name in files})
+    path = fetch("hf:lab/model/w/a.pt")
+    root = path.parents[1]
+    brought = {str(found.relative_to(root)) for found in root.rglob("*.*")}
+    assert brought == {"w/a.pt", "w/a.json", "config.json"} and path.read_bytes() == b"w/a.pt"
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        ("model.safetensors a.pt", "model.safetensors"),
+        ("x.json a.pth", "a.pth"),
+        ("x.bin", "x.bin"),
+        ("x.ckpt y.txt", "x.ckpt"),
+        ("x.safetensors", "x.safetensors"),
+        (
+            "j.pt i.pt h.pt g.pt f.pt e.pt d.pt c.pt b.pt",
+            "it has several: name one, as hf:lab/model/FILE: "
+            "b.pt, c.pt, d.pt, e.pt, f.pt, g.pt, h.pt, i.pt",
+        ),
+        ("x.json", "the repository holds no weights"),
+    ],
+)
+def test_the_only_weights_of_a_repository(hub: HubServer, names: str, found: str) -> None:
+    hub.repositories["lab/model"] = Repository()
+    hub.repositories["lab/model"].commit(dict.fromkeys(names.split(), b"."))
+    if " " not in found:
+        assert fetch("hf:lab/model").name == found
+        return
+    with pytest.raises(ValueError) as caught:
+        fetch("hf:lab/model")
+    assert str(caught.value) == f"hf:lab/model: {found}"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from lightning_modules.checkpoints import zoo as zoo_module
 from lightning_modules.checkpoints.hub import HubAddress
 from lightning_modules.checkpoints.model_config import with_settings
-from lightning_modules.checkpoints.zoo import ZooEntry, checkpoint_of, zoo
+from lightning_modules.checkpoints.zoo import ZooEntry, checkpoint_of, find_entry, zoo
 from lightning_modules.cli.evaluate_options import BENCHMARKS
 from lightning_modules.cli.main import main
 from lightning_modules.cli.zoo import markdown
@@ -74,6 +75,46 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     server.server_close()
 
 
+def test_the_cache_lies_at_home_and_what_is_fetched_is_told(
+    served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    entry, content = served
+    monkeypatch.delenv("EVA02_AT_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / ".cache" / "eva02-at" / "zoo" / "made_here.pt"
+    assert checkpoint_of(entry("")) == str(path)
+    assert path.read_bytes() == content
+    assert capsys.readouterr().out == f"fetching {entry('').address} to {path}\n"
+
+
+def test_what_is_not_fetched_is_told(served, tmp_path: Path) -> None:
+    entry, content = served
+    on_the_hub = ZooEntry("there", "us", "this test", "yes", "hf:lab/model/a.pt")
+    assert checkpoint_of(on_the_hub) == "hf:lab/model/a.pt"
+    absent = replace(entry(""), address=entry("").address.replace("model.pt", "absent.pt"))
+    with pytest.raises(ValueError) as caught:
+        checkpoint_of(absent)
+    assert str(caught.value) == (
+        f"{absent.address} cannot be fetched (HTTP Error 404: File not found); fetch it by hand "
+        "and give --checkpoint"
+    )
+    found = hashlib.md5(content).hexdigest()
+    with pytest.raises(ValueError) as caught:
+        checkpoint_of(entry("md5:000000"))
+    address = entry("").address
+    assert str(caught.value) == f"{address} is not what was published: md5 {found}, not 000000"
+    assert not list((tmp_path / "cache").rglob("*.*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("avion_b_mirr", "; did you mean 'avion_b_mir'?"), ("qqqq", "")]
+)
+def test_an_unknown_name_is_told_with_the_nearest(name: str, hint: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        find_entry(name)
+    assert str(caught.value) == f"the zoo has no {name!r} (`eva02-at zoo` lists them){hint}"
+
+
 @pytest.mark.parametrize("kind", ["sha256", "md5"])
 def test_a_file_is_fetched_once_and_compared(served, kind: str) -> None:
     entry, content = served
@@ -83,13 +124,6 @@ def test_a_file_is_fetched_once_and_compared(served, kind: str) -> None:
     assert path.read_bytes() == content
     path.write_bytes(b"kept")
     assert Path(checkpoint_of(told)).read_bytes() == b"kept"
-
-
-def test_another_file_is_refused_and_not_kept(served, tmp_path: Path) -> None:
-    entry, _ = served
-    with pytest.raises(ValueError, match="not what was published"):
-        checkpoint_of(entry("md5:000000"))
-    assert not list((tmp_path / "cache").rglob("*.*"))
 
 
 def test_evaluate_takes_the_entrys_file_and_settings(
