@@ -142,7 +142,7 @@ def load_trained(
     try:
         report = load_clip_checkpoint(tensors, model)
     except ValueError as error:
-        told = str(error).replace("the given mapping", f"checkpoint {source.path}", 1)
+        told = str(error).replace("the given mapping", f"checkpoint {source.path}")
         raise ValueError(told) from None
     _check_nothing_is_random(report, source.path)
     where = architecture, source, report, assumed

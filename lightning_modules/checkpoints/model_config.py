@@ -81,7 +81,7 @@ def read_rerank_config(path: Path) -> RerankConfig:
     """
     section = OmegaConf.select(OmegaConf.load(path), "model.init_args.reranker")
     values = {} if section is None else OmegaConf.to_container(section, resolve=True)
-    return _dataclass_of(RerankConfig, values, str(path))  # type: ignore[arg-type]
+    return _dataclass_of(RerankConfig, values, str(path))
 
 
 def _module_class(path: Path) -> str | None:
@@ -113,7 +113,7 @@ def _model_section(path: Path) -> dict[str, Any] | None:
     try:
         recipe = OmegaConf.load(path)
         section = OmegaConf.select(recipe, "model.init_args.model")  # interpolations resolved
-        return None if section is None else OmegaConf.to_container(section, resolve=True)  # type: ignore[return-value]
+        return OmegaConf.to_container(section, resolve=True) if OmegaConf.is_dict(section) else None  # type: ignore[return-value]
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {path} cannot be read: {error}") from None
 
@@ -128,14 +128,16 @@ def _config_of_recipe(path: Path) -> DualEncoderConfig:
     return _dataclass_of(ModelConfig, section, str(path)).resolve()
 
 
-def _dataclass_of(kind: type, values: Mapping[str, Any], where: str) -> Any:
+def _dataclass_of(kind: type, values: Any, where: str) -> Any:
     """Build a (nested) configuration, refusing unknown fields by name."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: {values!r} given, where fields with values are expected")
     hints = typing.get_type_hints(kind)
     fields = {}
     for name, value in values.items():
         if name not in hints:
             raise ValueError(f"{where}: {_unknown(name, hints)}")
-        nested = dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping)
+        nested = dataclasses.is_dataclass(hints[name])
         fields[name] = _dataclass_of(hints[name], value, where) if nested else value
     try:
         return kind(**fields)
