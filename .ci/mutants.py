@@ -71,6 +71,11 @@ def prepare(room: str) -> Path:
             shutil.copytree(source, target, dirs_exist_ok=True, ignore=ignore)
         else:
             shutil.copy(source, target)
+    for name in PACKAGES:  # what is no Python, mutmut copies once and never anew
+        if (folder / "mutants" / name).is_dir():
+            ignore = shutil.ignore_patterns("*.py", "__pycache__")
+            copied = folder / "mutants" / name
+            shutil.copytree(ROOT / name, copied, dirs_exist_ok=True, ignore=ignore)
     changed, tests = ROOMS[room]
     settings = {
         "source_paths": list(PACKAGES),
