@@ -49,10 +49,7 @@ ROOMS = {
     ),
 }
 # what starts processes is tried on those that survive the rest
-SLOW = {
-    "checkpoints": ["tests/inference/test_convert_zero.py"],
-    "kernels": ["tests/kernels/test_dispatch.py"],
-}
+SLOW = {"checkpoints": ["tests/inference/test_convert_zero.py"]}
 # torch.compile cannot trace mutmut's calls; its forked children wait for a second thread for ever;
 # the others start processes for what is tested beside
 _LEFT_OUT = "not one_graph and not threads and not two_ranks_are_one and not read_by_the_mixin"
@@ -127,13 +124,21 @@ def try_apart(folder: Path, name: str, tests: list[str]) -> str:
 
 
 def try_rest(folder: Path, room: str, outcomes: dict[str, str]) -> dict[str, str]:
-    """What becomes of mutants that mutmut could not trace, or that survived it."""
+    """What becomes of mutants that mutmut could not trace, or that survived it.
+
+    Raises:
+        SystemExit: The tests are red without any mutant: they would notice each.
+    """
     ledger = folder / "apart.json"
     apart = json.loads(ledger.read_text()) if ledger.is_file() else {}
+    green: list[list[str]] = []
     for name, outcome in outcomes.items():
         tests = ROOMS[room][1] if outcome == SKIPPED else []
         tests = tests + (SLOW.get(room, []) if outcome in (SKIPPED, SURVIVED) else [])
         if tests and name not in apart:
+            if tests not in green and try_apart(folder, "", tests) != SURVIVED:
+                sys.exit(f"red without any mutant in {folder / 'mutants'}: {' '.join(tests)}")
+            green.append(tests)
             apart[name] = try_apart(folder, name, tests)
             ledger.write_text(json.dumps(apart, indent=1))
     return {name: apart.get(name, outcome) for name, outcome in outcomes.items()}
