@@ -26,7 +26,7 @@ def tensors_of(config: DualEncoderConfig, *, temporal: bool) -> dict[str, torch.
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_every_preset_is_told_by_its_shapes(name: str, temporal: bool) -> None:
     preset = PRESETS[name]
-    vision = replace(preset.vision, image_size=3 * preset.vision.patch_size)
+    vision = replace(preset.vision, image_size=preset.vision.patch_size)
     vision = replace(vision, num_frames=7 if temporal else vision.num_frames)
     text = replace(preset.text, vocab_size=1000, context_length=33)
     config = replace(preset, vision=vision, text=text, embed_dim=24)

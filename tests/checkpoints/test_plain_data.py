@@ -209,6 +209,40 @@ def test_a_refusal_says_what_the_file_holds_and_what_to_do(here, read, content, 
     )
 
 
+def test_of_a_folder_what_is_foreign_is_named_and_deepspeeds_classes_are_not(here: Path) -> None:
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+
+    content = {"module": {"a": torch.ones(1)}, "optimizer": LossScaler(8)}
+    torch.save(content, here / "a.pt")
+    assert list(of_deepspeed(here / "a.pt")) == ["a"]
+    torch.save({**content, "x": Evil()}, here / "a.pt")
+    with pytest.raises(
+        ValueError, match=r"model_states\.pt holds posix\.mkdir; it is not unpickled"
+    ):
+        of_deepspeed(here / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("reader", "error", "told"),
+    [
+        ("load_plain", RuntimeError("why\nmore"), "{path} cannot be read (why)" + MENDED),
+        ("read_checkpoint", pickle.UnpicklingError("x"), "checkpoint {path} is damaged" + ASKED),
+        ("deepspeed", pickle.UnpicklingError("x"), "DeepSpeed checkpoint {folder}: a file is "
+         "damaged; it is not unpickled, because a pickle can run any code"),
+    ],
+)  # fmt: skip
+def test_plain_data_that_cannot_be_read_is_damaged(here, monkeypatch, reader, error, told) -> None:
+    torch.save({"a": torch.ones(1)}, here / "a.pt")
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "load", fails)
+    with pytest.raises(ValueError) as caught:
+        READERS[reader](here / "a.pt")
+    assert str(caught.value) == told.format(path=here / "a.pt", folder=here / "global_step1")
+
+
 @pytest.mark.parametrize("content", [b"to do: sleep\n", b"no checkpoint", b".", b"{}", b"(", b"R"])
 def test_other_bytes_are_no_deepspeed_checkpoint(here: Path, content: bytes) -> None:
     (here / "a.pt").write_bytes(content)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
+from lightning_modules.checkpoints import source as source_module
 from lightning_modules.checkpoints.loading import _some
 from lightning_modules.checkpoints.model_config import config_to_json
-from lightning_modules.checkpoints.source import complete_checkpoints, find_checkpoint
+from lightning_modules.checkpoints.source import (
+    CheckpointSource,
+    complete_checkpoints,
+    find_checkpoint,
+)
 from lightning_modules.models import PRESETS
 from lightning_modules.training.run.checkpoint_store import (
     STATE,
     CheckpointFolder,
+    FileRecord,
     Manifest,
     checkpoint_name,
     file_record,
@@ -63,6 +70,7 @@ def test_contents_have_one_name_wherever_they_lie(tmp_path):
 
 def test_a_deepspeed_folder_is_itself_or_what_latest_names_or_the_only_one(tmp_path):
     outer = tmp_path / "outer"
+    (outer / "logs").mkdir(parents=True)
     first = deepspeed_folder(outer / "global_step1")
     assert find_checkpoint(first).data == first
     found = find_checkpoint(outer)
@@ -90,16 +98,36 @@ def test_the_newest_complete_one_is_taken_and_the_others_are_told_of(tmp_path, c
     assert find_checkpoint(run).step == 20
     (checkpoints / checkpoint_name(20) / STATE).write_text("cut")
     assert find_checkpoint(run).step == find_checkpoint(checkpoints).step == 3
-    assert "checkpoint skipped: " in caplog.text and checkpoint_name(20) in caplog.text
+    told = [record.getMessage() for record in caplog.records]
+    assert told and all(line.startswith("checkpoint skipped: ") for line in told)
+    assert checkpoint_name(20) in told[0]
     found, damaged = complete_checkpoints(run)
     assert [source.step for source in found] == [1, 3]
-    assert list(damaged) == [str(checkpoints / checkpoint_name(20))]
+    assert damaged == {str(checkpoints / checkpoint_name(20)): told[0].partition(": ")[2]}
     assert [s.step for s in complete_checkpoints(checkpoints)[0]] == [1, 3]
     for step in (1, 3):
         (checkpoints / checkpoint_name(step) / STATE).unlink()
     with pytest.raises(ValueError, match=r"no complete checkpoint in .*: .*; .*; ") as caught:
         find_checkpoint(run)
     assert all(checkpoint_name(step) in str(caught.value) for step in (1, 3, 20))
+
+
+def test_storage_that_fails_is_no_reason_to_take_an_older_one(tmp_path, monkeypatch):
+    run = run_with(tmp_path / "run", {1: "one", 3: "three"})
+
+    def fails(folder, manifest):
+        raise ValueError("unreadable") from OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(source_module, "check_sizes", fails)
+    with pytest.raises(ValueError, match=r"^unreadable$"):
+        find_checkpoint(run)
+
+
+def test_a_manifests_files_count_in_the_order_of_their_names(tmp_path):
+    records = [FileRecord(name, 1, name * 3) for name in ("b", "a")]
+    source = CheckpointSource(tmp_path, tmp_path, Manifest(1, 0, 1, "plain", files=records))
+    expected = json.dumps({"a": "aaa", "b": "bbb"}).encode()
+    assert source.content_hash() == hashlib.sha256(expected).hexdigest()
 
 
 def test_long_lists_are_cut():
