@@ -55,8 +55,15 @@ def copy_of(written: Path, tmp_path: Path, case: str) -> Path:
     return tmp_path / case / "checkpoint"
 
 
-def test_the_folder_with_the_files_may_be_named_itself(written: Path) -> None:
-    assert find_checkpoint(written / "2-fp32" / "checkpoint").read()
+@pytest.mark.parametrize("latest", [None, "another"])
+def test_the_folder_with_the_files_may_be_named_itself(
+    written: Path, tmp_path: Path, latest: str | None
+) -> None:
+    folder = copy_of(written, tmp_path, "2-fp32")
+    (folder.parent / "latest").unlink()
+    if latest:
+        (folder.parent / "latest").write_text(latest)
+    assert find_checkpoint(folder).read()
 
 
 def test_a_missing_rank_is_an_error(written: Path, tmp_path: Path) -> None:
