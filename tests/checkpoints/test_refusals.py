@@ -224,6 +224,9 @@ def test_a_run_is_read_as_a_model_and_as_a_module(tmp_path: Path, deepspeed: boo
 def test_others_files_are_no_modules(tmp_path: Path) -> None:
     torch.save({"state_dict": WHOLE}, tmp_path / "a.pt")
     assert find_checkpoint(tmp_path / "a.pt").read_module() is None
+    lightning = {"pytorch-lightning_version": "2", "state_dict": {"a": torch.ones(1)}}
+    torch.save(lightning, tmp_path / "c.pt")
+    assert list(find_checkpoint(tmp_path / "c.pt").read()) == ["a"]
     torch.save([1], tmp_path / "b.pt")
     source = find_checkpoint(tmp_path / "b.pt")
     assert source.read_module() is None

@@ -192,7 +192,7 @@ def test_offline_the_cache_serves(
     assert_same(tmp_path / "o.safetensors", model())
     assert len(hub.requests) == asked
     told = "hf:lab/model: the Hub cannot be asked (OfflineModeIsEnabled); the cache is used"
-    assert told in done.log
+    assert f" {told}\n" in done.log
 
 
 def test_the_cache_knows_repositories_and_revisions_apart(
@@ -204,6 +204,7 @@ def test_the_cache_knows_repositories_and_revisions_apart(
         commits.append(repository.commit({file: name.encode(), "notes.md": b"#"}))
         if file != "new.pt":
             assert fetch(f"hf:{name}").read_bytes() == name.encode()
+    assert fetch(f"hf:lab/two@{commits[1]}").name == "two.pt"  # the newest has two files
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for name, revision, file in (
         ("lab/one", "", "one.pt"),
