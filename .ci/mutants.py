@@ -69,9 +69,9 @@ def prepare(room: str) -> Path:
         else:
             shutil.copy(source, target)
     for name in PACKAGES:  # what is no Python, mutmut copies once and never anew
-        if (folder / "mutants" / name).is_dir():
+        copied = folder / "mutants" / name
+        if copied.is_dir():
             ignore = shutil.ignore_patterns("*.py", "__pycache__")
-            copied = folder / "mutants" / name
             shutil.copytree(ROOT / name, copied, dirs_exist_ok=True, ignore=ignore)
     changed, tests = ROOMS[room]
     settings = {
@@ -136,9 +136,10 @@ def try_rest(folder: Path, room: str, outcomes: dict[str, str]) -> dict[str, str
         tests = ROOMS[room][1] if outcome == SKIPPED else []
         tests = tests + (SLOW.get(room, []) if outcome in (SKIPPED, SURVIVED) else [])
         if tests and name not in apart:
-            if tests not in green and try_apart(folder, "", tests) != SURVIVED:
-                sys.exit(f"red without any mutant in {folder / 'mutants'}: {' '.join(tests)}")
-            green.append(tests)
+            if tests not in green:
+                if try_apart(folder, "", tests) != SURVIVED:
+                    sys.exit(f"red without any mutant in {folder / 'mutants'}: {' '.join(tests)}")
+                green.append(tests)
             apart[name] = try_apart(folder, name, tests)
             ledger.write_text(json.dumps(apart, indent=1))
     return {name: apart.get(name, outcome) for name, outcome in outcomes.items()}

@@ -194,10 +194,10 @@ def _add(
     elif any(rest.endswith(part) for names in _PACKED_PARTS.values() for part in names):
         parts[key] = (tensor, source)
     else:
-        found.add(key, _reshape(tower, rest, tensor), (source,))
+        found.add(key, _reshape(rest, tensor), (source,))
 
 
-def _reshape(tower: str, rest: str, tensor: Tensor) -> Tensor:
+def _reshape(rest: str, tensor: Tensor) -> Tensor:
     """Give class token, positions and patch weights our number of dimensions."""
     if rest == "cls_token":
         return tensor.reshape(1, 1, -1)

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lightning_modules.checkpoints.conversion import (
     LoadedClassifier,
     LoadedModel,
+    _check_nothing_is_random,
     load_model,
     load_trained,
     save_model,
@@ -139,8 +140,6 @@ def test_what_would_stay_random_is_named(tmp_path: Path) -> None:
 
 
 def test_four_are_named_and_five_are_cut(tmp_path: Path) -> None:
-    from lightning_modules.checkpoints.conversion import _check_nothing_is_random
-
     for names, shown in (("abcd", "a, b, c, d"), ("abcde", "a, b, c, d and 1 more")):
         report = LoadReport(missing=list(names[:2]), reinitialised=list(names[2:]))
         told = refusal(_check_nothing_is_random, report, tmp_path)
@@ -170,18 +169,12 @@ def test_refusals_name_the_file(tmp_path: Path) -> None:
     recipe.unlink()
     divided = {"blocks.0.timeattn.qkv.weight": torch.ones(1), "blocks.0.norm3.bias": torch.ones(1)}
     path = write(tmp_path, state | {f"visual.{key}": value for key, value in divided.items()})
-    first = next(key for key in load_keys(path) if "timeattn" in key or "norm3" in key)
+    first = next(key for key in load_file(path) if "timeattn" in key or "norm3" in key)
     assert refusal(load_model, path) == (
         f"checkpoint {path} is a TimeSformer with divided attention over time and space "
         f"({first}), which the encoders here cannot compute. --drop-time-attention reads its image "
         "and text weights as a point to start from; features differ from LaViLa's."
     )
-
-
-def load_keys(path: Path) -> list[str]:
-    from safetensors.torch import load_file
-
-    return list(load_file(path))
 
 
 def loaded_of(model: torch.nn.Module, name: str, config: DualEncoderConfig = CONFIG) -> LoadedModel:
