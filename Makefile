@@ -18,7 +18,7 @@ test: $(READY) lint
 # On a machine with a GPU, with whatever Python there has torch; no network (docs/gpu.md).
 GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 gpu:
-	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m lightning_modules.cli.main bench gpu
+	PYTHONPATH=$(CURDIR)$(PYTHONPATH:%=:%) $(GPU_PYTHON) -m lightning_modules.cli.main bench gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -114,6 +114,7 @@ class Step:
         self.optimizer = torch.optim.AdamW(parameters, lr=3e-5, fused=fused, capturable=graphs)
         self.autocast = torch.autocast(device, torch.bfloat16) if mixed else nullcontext()
         self.losses: list[Tensor] = []
+        self.captured_bytes: int | None = None  # a graph's memory is taken when it is recorded
         self._captured: Callable[[], Tensor] | None = None
 
     def loss(self, video: Tensor, tokens: Tensor) -> Tensor:
@@ -142,11 +143,14 @@ class Step:
                 self(video, tokens)
         torch.cuda.current_stream().wait_stream(side)
         self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             loss = self.loss(video, tokens)
             loss.backward()
             self.optimizer.step()
+        self.captured_bytes = torch.cuda.max_memory_allocated() - before
 
         def replay() -> Tensor:
             graph.replay()
@@ -193,6 +197,8 @@ def step_rows(args: argparse.Namespace, device: str, clock: Callable[[], float])
     peak = peak_tflops(torch.cuda.get_device_name()) if device == "cuda" else None
     for row in rows:
         losses = steps[row.name].losses
+        if steps[row.name].captured_bytes is not None:
+            row.peak_bytes = steps[row.name].captured_bytes
         rate = args.batch / row.median_s
         row.notes["pairs/s"] = round(rate, 1)
         if peak:

@@ -5,7 +5,6 @@ Videos -> shards -> pretraining -> zero-shot evaluation -> fine-tuning -> evalua
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import platform
@@ -29,6 +28,7 @@ from lightning_modules.demo.world import WorldOptions, build_world
 from lightning_modules.metrics.functional import multi_instance_map, multi_instance_ndcg
 from lightning_modules.packaged import folder
 from lightning_modules.training.recipe import build_cli
+from lightning_modules.training.runs import ENDED
 
 CONFIGS = folder("configs") / "demo"
 VERSIONED = ("torch", "lightning", "webdataset", "decord", "torchmetrics", "deepspeed", "xformers")
@@ -169,8 +169,8 @@ class Demo:
         }
         results = DemoResults(
             metrics=metrics,
-            pretrain_log=self.out / "pretrain" / "logs" / "metrics.csv",
-            fine_tune_log=self.out / "fine_tune" / "logs" / "metrics.csv",
+            pretrain_log=self._log("pretrain"),
+            fine_tune_log=self._log("fine_tune"),
             similarity=similarity,
             relevance=relevance,
             narrations=tuned.narrations,
@@ -183,12 +183,16 @@ class Demo:
         )
         return metrics, results
 
+    def _log(self, name: str) -> Path | None:
+        """A run's figures; one shorter than `log_every_n_steps` has none."""
+        path = self.out / name / "logs" / "metrics.csv"
+        return path if path.exists() else None
+
     def _speed(self, name: str) -> float:
         """Clips a second of a run, its evaluations and start included."""
-        with (self.out / name / "logs" / "metrics.csv").open() as file:
-            last = max(int(row["step"]) for row in csv.DictReader(file))
+        step = json.loads((self.out / name / ENDED).read_text())["step"]
         config = yaml.safe_load((self.out / name / "config.yaml").read_text())
-        clips = (last + 1) * config["data"]["init_args"]["global_batch_size"]
+        clips = step * config["data"]["init_args"]["global_batch_size"]
         return round(clips / self.seconds[name], 1)
 
     def _data(self, num_sentences: int) -> dict[str, Any]:

@@ -192,8 +192,12 @@ def build_cli(words: list[str]) -> RecipeCLI:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     warnings.filterwarnings("ignore", message="The number of training batches")
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
-    # A check on the host; the datamodules have no such hook.
+    # The modules check on the host and copy beside the computation; the datamodules have no such
+    # hooks.
     warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
+    warnings.filterwarnings("ignore", message="You have overridden `transfer_batch_to_device`")
+    # DeepSpeed's and Lightning's own barriers, on the device that Lightning has chosen before them.
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     # Metrics are computed over all ranks before they are logged.
     warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\('(val|test)/")
     with warnings.catch_warnings():

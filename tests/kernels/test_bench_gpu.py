@@ -12,6 +12,7 @@ import torch
 
 from lightning_modules.bench import gpu
 from lightning_modules.cli.bench import main as bench
+from lightning_modules.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 WORKS = "import json, sys; json.dump({'rows': [{'group': 'g', 'name': 'n', 'median_s': 0.5, "
@@ -43,6 +44,17 @@ def test_what_fails_or_hangs_costs_its_own_row(tmp_path: Path) -> None:
     assert "| hangs | past its limit | 2 |" in text
     assert "out of memory" in text and "here" in text and "no time was left" in text
     assert len(json.loads(page.with_suffix(".json").read_text())["parts"]) == 4
+
+
+def test_its_demo_runs_to_the_report(tmp_path: Path) -> None:
+    """With fewer steps than are logged at once, and a warm-up that is shorter than the run."""
+    out = tmp_path / "demo"
+    words = [word.replace("{out}", str(out)) for word in gpu.DEMO]
+    assert main([*words, "--trainer.accelerator=cpu"]) == 0
+    page = (out / "report.html").read_text()
+    assert page.count("The log has no values.") == 1  # the fine-tuning's four steps
+    assert not (out / "fine_tune" / "logs" / "metrics.csv").exists()
+    assert json.loads((out / "metrics.json").read_text())["clips_per_second"]["fine_tune"] > 0
 
 
 def test_every_part_is_a_command_that_there_is() -> None:

@@ -16,7 +16,8 @@ class DemoResults:
     Attributes:
         metrics: What `metrics.json` holds. All scores are in percent. A missing section, and None
             or NaN in place of a number, is shown as missing.
-        pretrain_log: CSV of the pretraining run, with columns `step` and `train/loss`.
+        pretrain_log: CSV of the pretraining run, with columns `step` and `train/loss`; None where
+            nothing was logged.
         fine_tune_log: CSV of fine-tuning, which may also have `val/map_avg` and `val/ndcg_avg`.
         similarity: (V, S) float32, of the fine-tuned model.
         relevance: (V, S) float32 in [0, 1].
@@ -28,8 +29,8 @@ class DemoResults:
     """
 
     metrics: dict[str, Any]
-    pretrain_log: Path
-    fine_tune_log: Path
+    pretrain_log: Path | None
+    fine_tune_log: Path | None
     similarity: np.ndarray
     relevance: np.ndarray
     narrations: list[str]

@@ -116,7 +116,7 @@ class RunProgress(Callback):
                 log.warning("%s could not be written: %s", run / ENDED, error)
         self._say(
             f"trained to step {trainer.global_step:,}, epoch {trainer.current_epoch}"
-            f"{_figure(trainer)}\nwrote {run / 'checkpoints'}, {run / 'logs' / 'metrics.csv'}\n"
+            f"{_figure(trainer)}\nwrote {', '.join(map(str, _written(run)))}\n"
             f"next: {_following(trainer, run)} (to train on: the same `fit` with a larger "
             "--trainer.max_epochs or max_steps)"
         )
@@ -142,6 +142,12 @@ class RunProgress(Callback):
             text = text[: shutil.get_terminal_size().columns - 1]
         self._stream.write(clear + text + ("\n" if lasting else ""))
         self._stream.flush()
+
+
+def _written(run: Path) -> list[Path]:
+    """What a run leaves; one shorter than `log_every_n_steps` has no figures."""
+    paths = [run / "checkpoints", run / "logs" / "metrics.csv"]
+    return [path for path in paths if path.exists()]
 
 
 def _figure(trainer: Trainer) -> str:
