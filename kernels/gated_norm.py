@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import c_gated_norm
-from kernels.operators import fused_status, operator
+from kernels.operators import operator, wants_triton
 
 
 def _kernels(hidden: Tensor, weight: Tensor, fused: bool) -> ModuleType | None:
@@ -159,17 +159,11 @@ def gated_norm(
         weight: (F,) of the LayerNorm.
         bias: (F,) of the LayerNorm.
         eps: Of the LayerNorm.
-        backend: Of the attention in the same block, `kernels.attention.st_rope_attention`: the
-            Triton kernels run with "triton", and with "auto" and "xformers" on CUDA where they can.
-            They compute in float32, so float64 never goes there.
+        backend: Of the attention in the same block; `kernels.operators.wants_triton` has the rule.
 
     Returns:
         (..., P) of the dtype of `hidden`, zero beyond F.
     """
-    fused = backend == "triton" or (
-        backend in ("auto", "xformers") and hidden.is_cuda and fused_status("cuda")[0]
-    )
-    fused = fused and hidden.dtype != torch.float64
     rows = hidden.reshape(-1, hidden.shape[-1])
-    out = _GatedNorm.apply(rows.contiguous(), weight, bias, eps, fused)
+    out = _GatedNorm.apply(rows.contiguous(), weight, bias, eps, wants_triton(backend, hidden))
     return out.view(*hidden.shape[:-1], -1)

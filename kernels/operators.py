@@ -24,6 +24,20 @@ def fused_status(device_type: str) -> tuple[bool, str]:
     return False, f"Triton kernels run on CUDA only, not on {device_type}"
 
 
+def wants_triton(backend: str, x: torch.Tensor) -> bool:
+    """Say whether an operator beside the attention runs as Triton kernels.
+
+    Args:
+        backend: Of the attention in the same block, `kernels.attention.st_rope_attention`: the
+            kernels run with "triton", and with "auto" and "xformers" on CUDA where they can.
+        x: What it works on. The kernels compute in float32, so float64 never goes there.
+    """
+    fused = backend == "triton" or (
+        backend in ("auto", "xformers") and x.is_cuda and fused_status("cuda")[0]
+    )
+    return fused and x.dtype != torch.float64
+
+
 # For torch.compile the answer is a constant, found while tracing. This is all that
 # torch.compiler.assume_constant_result does, but that imports the compiler: 3 s for every process.
 fused_status._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.st_rope import StRopeTables
@@ -63,7 +63,10 @@ def attention(
     if rotation is not None:
         q, k = rotate_tokens(q, *rotation), rotate_tokens(k, *rotation)
     out = attend(q, k, v, explicit=explicit, causal=causal)
-    return module.proj(module.norm(out.transpose(1, 2).reshape(x.shape)))
+    out = out.transpose(1, 2).reshape(x.shape)
+    if isinstance(module.norm, nn.LayerNorm):
+        out = layer_norm(module.norm, out)
+    return module.proj(out)
 
 
 def mlp(module: SwiGlu | Mlp, x: Tensor) -> Tensor:
@@ -73,19 +76,21 @@ def mlp(module: SwiGlu | Mlp, x: Tensor) -> Tensor:
     gate_weight, value_weight = module.w12.weight.chunk(2)
     gate_bias, value_bias = module.w12.bias.chunk(2)
     gate, value = F.linear(x, gate_weight, gate_bias), F.linear(x, value_weight, value_bias)
-    norm = module.norm
-    product = F.silu(gate) * value
-    return module.fc2(
-        F.layer_norm(product, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    )
+    return module.fc2(layer_norm(module.norm, F.silu(gate) * value))
+
+
+def layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
+    """PyTorch's, whatever the module runs."""
+    return F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
 
 
 def block(
     module: Block, x: Tensor, rotation: Rotation, explicit: bool = True, causal: bool = False
 ) -> Tensor:
     """One pre-norm block."""
-    x = x + attention(module.attn, module.norm1(x), rotation, explicit=explicit, causal=causal)
-    return x + mlp(module.mlp, module.norm2(x))
+    normed = layer_norm(module.norm1, x)
+    x = x + attention(module.attn, normed, rotation, explicit=explicit, causal=causal)
+    return x + mlp(module.mlp, layer_norm(module.norm2, x))
 
 
 def encode_video(tower: VideoEncoder, video: Tensor, *, explicit: bool, recompute: bool) -> Tensor:
@@ -105,7 +110,7 @@ def encode_video(tower: VideoEncoder, video: Tensor, *, explicit: bool, recomput
     x = tower.norm_pre(torch.cat((cls, x.flatten(1, 2)), dim=1))
     for module in tower.blocks:
         x = _run(module, x, rotation, explicit, False, recompute)
-    return tower.head(tower.norm(x[:, 0]))
+    return tower.head(layer_norm(tower.norm, x[:, 0]))
 
 
 def encode_text(model: DualEncoder, tokens: Tensor, *, explicit: bool, recompute: bool) -> Tensor:
@@ -114,12 +119,13 @@ def encode_text(model: DualEncoder, tokens: Tensor, *, explicit: bool, recompute
     x = tower.token_embedding(tokens) + tower.positional_embedding
     for module in tower.blocks:
         x = _run(module, x, None, explicit, True, recompute)
-    pooled = tower.norm(x)[torch.arange(x.shape[0], device=x.device), tokens.argmax(dim=-1)]
+    ends = tokens.argmax(dim=-1)
+    pooled = layer_norm(tower.norm, x)[torch.arange(x.shape[0], device=x.device), ends]
     return tower.head(pooled)
 
 
 def _run(
-    module: torch.nn.Module,
+    module: nn.Module,
     x: Tensor,
     rotation: Rotation,
     explicit: bool,

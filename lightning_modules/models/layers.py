@@ -11,6 +11,7 @@ Shape legend: B clips, S tokens, D width, H heads, F hidden channels of the MLP.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import st_rope_attention_packed, st_rope_attention_pooled
 from kernels.gated_norm import gated_norm
+from kernels.norm import add_layer_norm, layer_norm
 from kernels.st_rope import StRopeTables
 
 ALIGNMENT = 8  # channels: 16 bytes of 16-bit numbers, what fast loads and tensor cores ask of a row
@@ -45,7 +47,7 @@ class BlockConfig:
         key_bias: Whether the key projection has a bias (EVA-02's has none).
         inner_norm: EVA-02's LayerNorm between the heads and the output projection.
         causal: Token i sees tokens 0..i only.
-        attention_backend: Of `st_rope_attention`; `gated_norm` follows it.
+        attention_backend: Of `st_rope_attention`; the norms follow it.
     """
 
     width: int
@@ -62,13 +64,23 @@ class BlockConfig:
 class Norm(nn.LayerNorm):
     """LayerNorm that leaves in its input's type, under autocast too; its sums are in float32."""
 
+    def __init__(self, width: int, *, eps: float, backend: str = "auto") -> None:
+        super().__init__(width, eps=eps)
+        self.backend = backend
+
     def forward(self, input: Tensor) -> Tensor:
         """(..., D) -> (..., D) of the same dtype."""
-        if self.weight.dtype == input.dtype:
-            return super().forward(input)
-        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
-        with torch.autocast(input.device.type, enabled=False):
-            return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+        return layer_norm(input, self.weight, self.bias, self.eps, backend=self.backend)
+
+
+class ResidualNorm(Norm):
+    """The norm before a branch, with the addition of the branch before it."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, branch: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x + branch, for the residual stream to go on from, and its norm: (..., D) each."""
+        return add_layer_norm(x, branch, self.weight, self.bias, self.eps, backend=self.backend)
 
 
 class PackedProjection(nn.Module):
@@ -121,7 +133,8 @@ class Attention(nn.Module):
         self.causal = config.causal
         self.backend = config.attention_backend
         self.qkv = PackedProjection(config.width, key_bias=config.key_bias)
-        self.norm = Norm(config.width, eps=config.norm_eps) if config.inner_norm else nn.Identity()
+        norm = partial(Norm, config.width, eps=config.norm_eps, backend=config.attention_backend)
+        self.norm = norm() if config.inner_norm else nn.Identity()
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(
@@ -237,9 +250,12 @@ class Block(nn.Module):
 
     def __init__(self, config: BlockConfig, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.norm1 = Norm(config.width, eps=config.norm_eps)
+        norm = partial(
+            ResidualNorm, config.width, eps=config.norm_eps, backend=config.attention_backend
+        )
+        self.norm1 = norm()
         self.attn = Attention(config)
-        self.norm2 = Norm(config.width, eps=config.norm_eps)
+        self.norm2 = norm()
         self.mlp = SwiGlu(config) if config.mlp == "swiglu" else Mlp(config)
         self.drop_path = DropPath(drop_path)
 
@@ -247,9 +263,10 @@ class Block(nn.Module):
         self, x: Tensor, tables: StRopeTables | None = None, index: Tensor | None = None
     ) -> Tensor:
         """(B, S, D) -> (B, S, D), or (B, 1, D) for token `index` of each sample alone."""
-        attended = self.attn(self.norm1(x), tables, index)
-        x = (x if index is None else pick(x, index)) + self.drop_path(attended)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x, normed = self.norm1(x)
+        attended = self.drop_path(self.attn(normed, tables, index))
+        x, normed = self.norm2(x if index is None else pick(x, index), attended)
+        return x + self.drop_path(self.mlp(normed))
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:

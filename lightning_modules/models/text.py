@@ -43,7 +43,7 @@ class TextEncoder(nn.Module):
             attention_backend=attention_backend,
         )
         self.blocks = BlockStack(block, config.depth, checkpointing=activation_checkpointing)
-        self.norm = Norm(config.width, eps=config.norm_eps)
+        self.norm = Norm(config.width, eps=config.norm_eps, backend=attention_backend)
         self.head = nn.Linear(config.width, embed_dim, bias=False)
         self.init_weights()
 

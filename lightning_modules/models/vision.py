@@ -101,7 +101,7 @@ class VideoEncoder(nn.Module):
         super().__init__()
         self.config = config
         eva = config.architecture == "eva02"
-        norm = partial(Norm, config.width, eps=config.norm_eps)
+        norm = partial(Norm, config.width, eps=config.norm_eps, backend=attention_backend)
         self.patch_embed = PatchEmbed(config.patch_size, config.width, bias=eva)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.num_patches, config.width))

@@ -196,8 +196,8 @@ def build_cli(words: list[str]) -> RecipeCLI:
     # hooks.
     warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
     warnings.filterwarnings("ignore", message="You have overridden `transfer_batch_to_device`")
-    # DeepSpeed's and Lightning's own barriers, on the device that Lightning has chosen before them.
-    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
+    # DeepSpeed's and Lightning's own barriers, on the device that Lightning has chosen.
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under")
     # Metrics are computed over all ranks before they are logged.
     warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\('(val|test)/")
     with warnings.catch_warnings():
