@@ -174,8 +174,9 @@ class ReRanker(nn.Module):
     def init_weights(self) -> None:
         """Initialise every parameter.
 
-        Linear maps by their inputs, not with the towers' 0.02: between tokens of unit size those of
-        a narrow head attend to everything alike, and it learns later (docs/rerank.md).
+        Linear maps by their inputs and positions with 1, not with the towers' 0.02: projected
+        places are of unit size, and beside them faint positions leave frames without an order,
+        faint maps attend to everything alike (docs/rerank.md).
         """
         init_layers(self)
         for module in self.modules():
@@ -184,7 +185,7 @@ class ReRanker(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.normal_(self.query, std=0.5)
         for parameter in (self.places.frame_embed, self.places.window_embed):
-            nn.init.trunc_normal_(parameter, std=0.02)
+            nn.init.normal_(parameter)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the positions; what has one axis decays nowhere."""

@@ -120,6 +120,28 @@ def test_order_of_frames_counts():
     assert (one - other).abs().max() > 1e-4
 
 
+def test_order_alone_is_learnt():
+    """Two sentences, and clips of which the one is the other backwards: nothing but order tells."""
+    torch.manual_seed(0)
+    config = RerankConfig(width=32, depth=1, num_heads=2, window=4, dropout=0.0)
+    model = ReRanker(config, dual().config)
+    mask = torch.ones(64, 2, dtype=torch.bool)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    sentences, scene = torch.randn(2, 2, 64), torch.randn(2, 1, 96)
+    losses = []
+    for _ in range(40):
+        backwards, other = torch.randint(0, 2, (2, 64))
+        clips = torch.where(backwards.view(-1, 1, 1, 1) > 0, scene.flip(0), scene)
+        clips = clips + 0.5 * torch.randn(64, 2, 16, 96)
+        logits = model(model.places(clips), model.words(sentences[other]), mask, torch.arange(64))
+        loss = F.binary_cross_entropy_with_logits(logits, (backwards == other).float())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) / 10 < 0.3  # a guess costs 0.69, as faint positions do at first
+
+
 def test_fingerprint_follows_every_weight():
     model = dual()
     before = fingerprint(model)
