@@ -2,7 +2,8 @@
 
     python docs/reproduction/miniature.py --out runs/miniature --write docs/reproduction.md
 
-Runs only what is not there yet: a finished cell is a file OUT/cells/*.json.
+Runs only what is not there yet: a finished cell is a file OUT/cells/*.json. With --finished it runs
+nothing and writes the tables of what is there; a row says of how many seeds it is.
 """
 
 from __future__ import annotations
@@ -10,16 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from seeds import BySeed, Figures, differences, markdown, means
 
 from kernels.pages import write_between
 from lightning_modules.cli.main import main as run_command
@@ -30,13 +31,26 @@ from lightning_modules.training.recipe import build_cli
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WORLD = WorldOptions(seed=0, num_pretrain=4800, num_train=1200, num_test=576)
-SEEDS = (0, 1, 2)
-TEMPORAL = {  # mode: the paper's zero-shot mAP / nDCG (table IV)
-    "none": "",
-    "learnable": "28.2 / 29.9",
-    "rotary": "28.8 / 30.1",
-    "both": "30.2 / 31.1",
-    "split": "",
+
+
+class Mode(NamedTuple):
+    """An arm of table IV: its overlay in configs/temporal, seeds, and the paper's mAP / nDCG."""
+
+    overlay: str
+    num_seeds: int = 3
+    paper: str = ""
+    more: tuple[str, ...] = ()
+
+
+P_T = ("--model.model.temporal_init_std=0.02",)  # the authors' code; ours starts P_t at zero
+TEMPORAL = {
+    "none": Mode("none"),
+    "learnable": Mode("learnable", 3, "28.2 / 29.9"),
+    "learnable-0.02": Mode("learnable", 3, more=P_T),
+    "rotary": Mode("rotary", 8, "28.8 / 30.1"),
+    "both": Mode("both", 8, "30.2 / 31.1"),
+    "both-0.02": Mode("both", 3, more=P_T),
+    "split": Mode("split"),
 }
 SMS = "SymmetricMultiSimilarityLoss"
 MIN_RELEVANCE = 0.1  # of a training pair of clip and narration, as in the paper
@@ -53,11 +67,22 @@ class Loss(NamedTuple):
     more: tuple[str, ...] = ()
 
 
+LOSS_SEEDS = 8
 LOSSES = {
     "MI-MM": Loss("MaxMarginLoss", (0.1, 0.2, 0.4), "52.1 / 67.3"),
     "adaptive MI-MM": Loss("AdaptiveMaxMarginLoss", (0.2, 0.4, 0.6), "55.1 / 68.1"),
     "SMS, tau = 0": Loss(SMS, (0.6, 0.8), "55.2 / 68.6", ("--model.loss.relaxation=0",)),
     "SMS": Loss(SMS, (0.4, 0.6, 0.8), "57.0 / 69.2"),
+}
+PAIRS = {  # whose difference is told, seed by seed
+    "temporal": (
+        ("both", "rotary"),
+        ("rotary", "learnable"),
+        ("both", "split"),
+        ("learnable-0.02", "learnable"),
+        ("both-0.02", "both"),
+    ),
+    "losses": (("SMS", "MI-MM"), ("SMS", "SMS, tau = 0"), ("adaptive MI-MM", "MI-MM")),
 }
 
 
@@ -75,38 +100,60 @@ class Miniature:
     jobs: int
     words: Sequence[str] = ()
 
-    def run(self) -> dict[str, str]:
-        """Run what is missing; returns the tables by name."""
+    def run(self) -> None:
+        """Run what is missing."""
         world = Demo(run_command, self.out, WORLD.seed, WORLD)
         world.make_videos()
         world.make_shards()
-        modes = [(mode, seed) for seed in SEEDS for mode in TEMPORAL]
-        arms = [(name, margin) for name, loss in LOSSES.items() for margin in loss.margins]
+        most = max(mode.num_seeds for mode in TEMPORAL.values())
+        modes = [
+            (n, seed) for seed in range(most) for n in TEMPORAL if seed < TEMPORAL[n].num_seeds
+        ]
+        margins = [(name, margin, 0) for name, loss in LOSSES.items() for margin in loss.margins]
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(lambda cell: self.pretrain(*cell), modes))
-            tuning = pool.map(lambda arm: self.fine_tune(arm[0], arm[1], SEEDS[0])["map"], arms)
-            found = dict(zip(arms, tuning, strict=True))
-            best = {
-                name: max((m for n, m in arms if n == name), key=lambda m: found[name, m])
-                for name in LOSSES
-            }
-            cells = [(name, best[name], seed) for seed in SEEDS[1:] for name in best]
+            list(pool.map(lambda cell: self.fine_tune(*cell), margins))
+            best = [(name, self.best_margin(name)) for name in LOSSES]
+            cells = [(*arm, seed) for seed in range(1, LOSS_SEEDS) for arm in best]
             list(pool.map(lambda cell: self.fine_tune(*cell), cells))
+
+    def tables(self) -> dict[str, str]:
+        """The tables of what is finished, in Markdown, by name."""
+        modes = {
+            name: self._finished(f"temporal-{name}-{{}}", mode.num_seeds)
+            for name, mode in TEMPORAL.items()
+        }
+        best = {name: self.best_margin(name) for name in LOSSES}
+        losses = {
+            name: self._finished(_run_name(name, margin, "{}"), LOSS_SEEDS)
+            for name, margin in best.items()
+        }
+        told = {name: f"{name}, {margin}" for name, margin in best.items()}
+        papers = {name: mode.paper for name, mode in TEMPORAL.items()}
+        papers |= {name: loss.paper for name, loss in LOSSES.items()}
         return {
-            "temporal": self.temporal_table(),
-            "losses": self.loss_table(best),
+            "temporal": _table("temporal positions", modes, papers, {}),
+            "temporal_pairs": _pairs(modes, PAIRS["temporal"]),
+            "losses": _table("loss, margin", losses, papers, told),
+            "losses_pairs": _pairs(losses, PAIRS["losses"]),
             "margins": self.tuning_table(),
         }
 
-    def pretrain(self, mode: str, seed: int) -> dict[str, Any]:
+    def best_margin(self, name: str) -> float:
+        """The margin of the highest mAP with the first seed, of those that are finished."""
+        tried = self._tried(name)
+        return max(tried, key=lambda margin: tried[margin]["map"], default=LOSSES[name].margins[0])
+
+    def pretrain(self, name: str, seed: int) -> dict[str, Any]:
         """Pretrain with a temporal mode and evaluate zero-shot."""
-        run = self.out / f"temporal-{mode}-{seed}"
-        overlay = f"--config={CONFIGS / 'temporal' / mode}.yaml"
+        run = self.out / f"temporal-{name}-{seed}"
+        overlay = f"--config={CONFIGS / 'temporal' / TEMPORAL[name].overlay}.yaml"
+        arm = [overlay, *TEMPORAL[name].more]
 
         def work() -> dict[str, Any]:
-            self._command("fit", "pretrain", run, seed, overlay, *PRETRAIN)
+            self._command("fit", "pretrain", run, seed, *arm, *PRETRAIN)
             checkpoint = run / "checkpoints"
-            words = [overlay, f"--model.init_checkpoint={checkpoint}"]
+            words = [*arm, f"--model.init_checkpoint={checkpoint}"]
             self._command("test", "retrieval", run / "zero_shot", seed, *words)
             return self._figures(run / "zero_shot", checkpoint)
 
@@ -115,8 +162,7 @@ class Miniature:
     def fine_tune(self, name: str, margin: float, seed: int) -> dict[str, Any]:
         """Fine-tune the seed's pretrained model with a loss, and evaluate."""
         loss = LOSSES[name]
-        label = name.replace(" ", "-").replace(",", "").replace("=-", "")
-        run = self.out / f"loss-{label}-{margin}-{seed}"
+        run = self.out / _run_name(name, margin, seed)
         words = [
             f"--model.init_checkpoint={self.out / f'temporal-both-{seed}' / 'checkpoints'}",
             f"--model.loss=lightning_modules.losses.{loss.kind}",
@@ -169,34 +215,25 @@ class Miniature:
             "noun": plain["noun"],
         }
 
-    def temporal_table(self) -> str:
-        """Table IV in Markdown."""
-        rows = [
-            _row(mode, [self.pretrain(mode, seed) for seed in SEEDS], paper)
-            for mode, paper in TEMPORAL.items()
-        ]
-        return "\n".join([_header("temporal positions"), *rows])
+    def _finished(self, run: str, num_seeds: int) -> BySeed:
+        paths = {seed: self.out / "cells" / f"{run.format(seed)}.json" for seed in range(num_seeds)}
+        return {
+            seed: json.loads(path.read_text()) for seed, path in paths.items() if path.is_file()
+        }
 
-    def loss_table(self, best: dict[str, float]) -> str:
-        """Table V in Markdown."""
-        rows = [
-            _row(
-                f"{name}, {margin}",
-                [self.fine_tune(name, margin, seed) for seed in SEEDS],
-                LOSSES[name].paper,
-            )
-            for name, margin in best.items()
-        ]
-        return "\n".join([_header("loss, margin"), *rows])
+    def _tried(self, name: str) -> dict[float, Figures]:
+        """Figures of each margin that is finished with the first seed."""
+        found = {m: self._finished(_run_name(name, m, "{}"), 1) for m in LOSSES[name].margins}
+        return {margin: cells[0] for margin, cells in found.items() if cells}
 
     def tuning_table(self) -> str:
         """mAP / nDCG of every margin tried, of the first seed."""
-        lines = ["| loss | margin: mAP / nDCG |", "|---|---|"]
-        for name, loss in LOSSES.items():
-            cells = [(m, self.fine_tune(name, m, SEEDS[0])) for m in loss.margins]
+        rows = []
+        for name in LOSSES:
+            cells = self._tried(name).items()
             told = [f"{margin}: {cell['map']:.1f} / {cell['ndcg']:.1f}" for margin, cell in cells]
-            lines.append(f"| {name} | {', '.join(told)} |")
-        return "\n".join(lines)
+            rows.append([name, ", ".join(told)])
+        return markdown(["loss", "margin: mAP / nDCG"], rows)
 
 
 COLUMNS = {
@@ -208,17 +245,32 @@ COLUMNS = {
 }
 
 
-def _header(first: str) -> str:
-    names = (first, *COLUMNS, "paper, mAP / nDCG")
-    return f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
+def _run_name(loss: str, margin: float, seed: int | str) -> str:
+    label = loss.replace(" ", "-").replace(",", "").replace("=-", "")
+    return f"loss-{label}-{margin}-{seed}"
 
 
-def _row(first: str, cells: list[dict[str, Any]], paper: str) -> str:
-    columns = []
-    for key in COLUMNS.values():
-        values = [cell[key] for cell in cells]
-        columns.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}")
-    return f"| {' | '.join([first, *columns, paper])} |"
+def _table(
+    first: str, arms: Mapping[str, BySeed], papers: Mapping[str, str], told: Mapping[str, str]
+) -> str:
+    """Means of the arms that have any seeds."""
+    rows = [
+        [told.get(name, name), len(cells), *means(cells, COLUMNS), papers[name]]
+        for name, cells in arms.items()
+        if cells
+    ]
+    return markdown([first, "seeds", *COLUMNS, "paper, mAP / nDCG"], rows)
+
+
+def _pairs(arms: Mapping[str, BySeed], pairs: Sequence[tuple[str, str]]) -> str:
+    """Mean differences of arms, seed by seed."""
+    rows = []
+    for name, base in pairs:
+        num_seeds = len(arms[name].keys() & arms[base].keys())
+        if num_seeds:
+            told = differences(arms[name], arms[base], COLUMNS)
+            rows.append([f"{name} - {base}", num_seeds, *told])
+    return markdown(["difference", "seeds", *COLUMNS], rows)
 
 
 def main() -> None:
@@ -227,9 +279,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/miniature"), help="(%(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time (%(default)s)")
     parser.add_argument("--write", type=Path, help="the page, with its markers")
+    parser.add_argument("--finished", action="store_true", help="run nothing")
     args, words = parser.parse_known_args()
     torch.set_num_threads(1)
-    tables = Miniature(args.out, args.jobs, words).run()
+    miniature = Miniature(args.out, args.jobs, words)
+    if not args.finished:
+        miniature.run()
+    tables = miniature.tables()
     print("\n\n".join(tables.values()))
     if args.write:
         for name, table in tables.items():

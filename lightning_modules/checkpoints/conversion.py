@@ -23,6 +23,7 @@ from lightning_modules.checkpoints.model_config import (
     for_inference,
     guess_config,
     read_config,
+    warn_of_frames,
     with_settings,
 )
 from lightning_modules.checkpoints.source import CheckpointSource, find_checkpoint
@@ -136,7 +137,9 @@ def load_trained(
             architecture, assumed = guess_config(translated.tensors, translated.settings)
     except ValueError as error:
         raise ValueError(f"checkpoint {source.path}: {error}") from None
+    trained = architecture.vision.num_frames
     architecture = for_inference(with_settings(architecture, settings))
+    warn_of_frames(architecture.vision, architecture.vision.num_frames, trained)
     num_classes = _num_classes(tensors) if describes_classifier(described) else None
     model = _empty_model(architecture, num_classes)
     try:

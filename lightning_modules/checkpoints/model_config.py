@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import logging
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ from lightning_modules.models import (
     VisionConfig,
 )
 from lightning_modules.models.rerank import RerankConfig
+
+log = logging.getLogger(__name__)
 
 FORMAT = "eva02-at model"
 _QUICK_GELU_NOTE = (
@@ -293,3 +296,23 @@ def _fill(
     embed_dim = shapes["text.head.weight"][0]
     config = dataclasses.replace(preset, vision=vision, text=text, embed_dim=embed_dim)
     return with_settings(config, [f"{name}={value}" for name, value in settings.items()]), assumed
+
+
+def warn_of_frames(vision: VisionConfig, num_frames: int, trained: int) -> None:
+    """Say where a model meets frame indices that it was not trained on.
+
+    Four frames' model takes sixteen for a longer clip, not for a finer one, and most of what it
+    knew of verbs and nouns is lost (docs/long_clips.md). An image model knows no indices at all.
+
+    Args:
+        vision: The tower as it will run.
+        num_frames: Frames of the clips that it will see.
+        trained: Frames that it was made for.
+    """
+    turned = vision.rotation in ("rotary", "split") and vision.reference_frames is None
+    if turned and num_frames != trained > 1:
+        log.warning(
+            "a model of %d frames gets %d at frame indices, as if the clip were longer: "
+            "--set vision.reference_frames=%d --set vision.time_scaling=centred fits them",
+            *(trained, num_frames, trained),
+        )

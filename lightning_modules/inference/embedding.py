@@ -19,6 +19,7 @@ from datamodules.video.windows import (
     sliding_windows,
 )
 from lightning_modules.checkpoints.conversion import LoadedModel
+from lightning_modules.checkpoints.model_config import warn_of_frames
 from lightning_modules.models import DualEncoder
 
 
@@ -88,6 +89,7 @@ class Embedder:
         self.options = options
         vision = model.config.vision
         self.num_frames = options.num_frames or vision.num_frames
+        warn_of_frames(vision, self.num_frames, vision.num_frames)
         self.image_size = vision.image_size
         self.tokenizer = Tokenizer(model.config.text.context_length)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 ARCHITECTURES = ("eva02", "clip")
 ACTIVATIONS = ("gelu", "quick_gelu")
 TEMPORAL_MODES = ("none", "learnable", "rotary", "both", "split")
-TIME_SCALINGS = ("linear", "ntk")
+TIME_SCALINGS = ("linear", "centred", "ntk")
 
 # RGB mean and standard deviation of CLIP's training images, on the scale 0..1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -41,9 +41,11 @@ class VisionConfig:
         reference_grid: Grid to which rotary spatial positions are rescaled.
         reference_frames: Number of frames to which rotary time is fitted, by `time_scaling`; None
             leaves frame indices.
-        time_scaling: How a clip of T frames is fitted to `reference_frames`: "linear" (t becomes
-            t * reference_frames / T) or "ntk" (frame indices stay, and where T is larger the
-            slowest frequencies become T / reference_frames times as slow, the fastest stay).
+        time_scaling: How a clip of T frames is fitted to `reference_frames` = r: "linear" (t
+            becomes t * r / T), "centred" ((t + 1/2) * r / T - 1/2: as "linear", but the clip's
+            middle stays where it was, which the CLS, at time 0, sees) or "ntk" (frame indices stay,
+            and where T is larger the slowest frequencies become T / r times as slow, the fastest
+            stay).
         temporal_init_std: Standard deviation that P_t starts with, where no checkpoint has it. 0
             leaves an image checkpoint's features at T = 1; the authors' code has 0.02.
         patch_dropout: Share of patches dropped in training, the same ones in all frames of a clip.
@@ -304,7 +306,7 @@ class ModelConfig:
         temporal: "none", "learnable", "rotary", "both" or "split"; null keeps the preset's
             ("both" for EVA02-AT, "learnable" for the CLIP ViT baselines).
         reference_frames: Frames that rotary time is fitted to; null for frame indices.
-        time_scaling: How: "linear" or "ntk".
+        time_scaling: How: "linear", "centred" or "ntk".
         temporal_init_std: Standard deviation that P_t starts with; the authors' code has 0.02.
         activation: "gelu" or "quick_gelu" in both towers (EVA-02's video tower keeps SwiGLU); null
             keeps the preset's: the weights to start from were trained with it.

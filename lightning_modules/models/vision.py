@@ -191,16 +191,17 @@ class VideoEncoder(nn.Module):
             return None
         num_frames = x.shape[1]
         longer = num_frames / (config.reference_frames or num_frames)
-        linear = config.time_scaling == "linear"
-        step = 1 / longer if linear else 1.0
+        ntk = config.time_scaling == "ntk"
+        step = 1.0 if ntk else 1 / longer
+        first = (step - 1) / 2 if config.time_scaling == "centred" else 0.0
         return st_rope_tables(
             config.grid,
             num_frames,
             config.head_dim,
             mode=config.rotation,
             reference_grid=config.reference_grid,
-            temporal_positions=[t * step for t in range(num_frames)],
-            temporal_stretch=1.0 if linear else max(1.0, longer),
+            temporal_positions=[first + t * step for t in range(num_frames)],
+            temporal_stretch=max(1.0, longer) if ntk else 1.0,
             device=x.device,
             dtype=x.dtype if x.dtype == torch.float64 else torch.float32,
         )

@@ -24,6 +24,7 @@ from lightning_modules.checkpoints.model_config import (
 )
 from lightning_modules.checkpoints.source import complete_checkpoints, find_checkpoint
 from lightning_modules.cli.main import main
+from lightning_modules.inference.embedding import Embedder, EmbedOptions
 from lightning_modules.models import PRESETS, DualEncoder, DualEncoderConfig
 from lightning_modules.training.run.checkpoint_store import (
     STATE,
@@ -266,6 +267,32 @@ def test_settings_and_descriptions_are_typed(tmp_path: Path) -> None:
     path.write_text("[1")
     with pytest.raises(ValueError, match="no model description"):
         read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("temporal", "trained", "settings", "more", "told"),
+    [
+        ("both", 4, ["vision.num_frames=8"], None, "of 4 frames gets 8 at frame indices"),
+        ("rotary", 4, [], 6, "of 4 frames gets 6 at frame indices"),  # features --frames
+        ("split", 4, ["vision.num_frames=2"], None, "of 4 frames gets 2"),
+        ("both", 4, [], 4, None),
+        ("both", 4, ["vision.num_frames=8", "vision.reference_frames=4"], None, None),
+        ("learnable", 4, ["vision.num_frames=8"], None, None),  # P_t is resampled
+        ("both", 1, ["vision.num_frames=8"], None, None),  # an image model
+    ],
+)
+def test_frame_indices_beyond_the_training_are_told(
+    tmp_path: Path, caplog, temporal, trained, settings, more, told
+) -> None:
+    vision = dataclasses.replace(
+        EVA.vision, temporal=temporal, num_frames=trained, width=64, num_heads=4
+    )
+    config = dataclasses.replace(EVA, vision=vision)
+    torch.save(DualEncoder(config).state_dict(), tmp_path / "m.pt")
+    loaded = load_model(tmp_path / "m.pt", config=describe(config, tmp_path), settings=settings)
+    Embedder(loaded, EmbedOptions(num_frames=more))
+    found = [record.getMessage() for record in caplog.records if "frames" in record.getMessage()]
+    assert [told in message for message in found] == ([True] if told else [])
 
 
 def test_training_knobs_do_not_reach_the_inference_file(tmp_path: Path) -> None:

@@ -377,6 +377,25 @@ def test_reference_frames_rescales_rotary_time() -> None:
     torch.testing.assert_close(plain(video[:, :, :2]), rescaled(video[:, :, :2]))
 
 
+def test_centred_time_of_frames_shown_twice_is_that_of_the_frames() -> None:
+    """Each frame shown k times: k samples around the frame's own time, which is their mean.
+
+    `linear`, whose first sample is at the frame's own time, is late by (1 - 1/k)/2.
+    """
+    config = replace(VISION, temporal="rotary", num_frames=4, reference_frames=4)
+    for k in (1, 2, 3, 8):
+        times = {}
+        for scaling in ("linear", "centred"):
+            model = VideoEncoder(replace(config, time_scaling=scaling), 12)
+            tables = model._rotation_tables(torch.zeros(1, 4 * k, 1, 1, dtype=torch.float64))
+            pairs = tables.temporal.shape[1]
+            pair = tables.temporal[:, pairs // 2]  # it turns by theta^(-1/2) = 1/100 a frame
+            times[scaling] = (100 * torch.atan2(pair[:, 1], pair[:, 0])).view(4, k).mean(1)
+        own = torch.arange(4, dtype=torch.float64)
+        torch.testing.assert_close(times["centred"], own)
+        torch.testing.assert_close(times["linear"], own + (1 - 1 / k) / 2)
+
+
 @pytest.mark.parametrize("temporal", ["rotary", "split"])
 def test_ntk_scaling_slows_the_slow_and_leaves_the_fast(temporal: str) -> None:
     """Eight frames for four: the slowest pair turns as if t were halved, the fastest as it did."""
@@ -424,7 +443,7 @@ def test_temporal_positions_start_where_the_config_says() -> None:
     assert VideoEncoder(VISION, 12).temporal_embed.eq(0).all()
     for wrong, told in (
         ({"temporal_init_std": -1.0}, "may not be negative"),
-        ({"time_scaling": "yarn"}, "time_scaling is 'yarn'; one of: linear, ntk"),
+        ({"time_scaling": "yarn"}, "time_scaling is 'yarn'; one of: linear, centred, ntk"),
     ):
         with pytest.raises(ValueError, match=told):
             replace(VISION, **wrong)
