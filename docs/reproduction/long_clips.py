@@ -37,7 +37,7 @@ WORLDS = {  # the demo's world has 12 frames a clip: 1.5 s, 8 frames a second
     "denser": WorldOptions(**SMALL, fps=48),
     "longer": WorldOptions(**SMALL, clip_s=8.0),
 }
-FRAMES = (4, 8, 16, 32, 64)
+FRAMES = (4, 8, 16, 32)
 INDEX, VIEWS = "frame index", "views of 4"
 REFERENCE = f"vision.reference_frames={TRAINED}"
 TIMES = {
