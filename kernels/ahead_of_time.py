@@ -33,9 +33,9 @@ class Form:
     """A kernel as run time would specialise it.
 
     Attributes:
-        kernel: "rotate q, k", "rotate k", "gated norm" or "gated norm, backward".
-        width: Channels of a head, or hidden channels F.
-        element_type: Of q and k, or of the hidden channels: "fp32", "bf16" or "fp16".
+        kernel: "rotate q, k", "rotate k", "gated norm", "add, norm", or a norm's "..., backward".
+        width: Channels of a head, hidden channels F, or channels of the residual stream.
+        element_type: Of q and k, hidden channels or stream: "fp32", "bf16" or "fp16".
         weight_type: Of the norm's weight and bias; autocast keeps them in fp32.
         padded: Hidden channels with padding, where there is any.
     """
@@ -48,6 +48,7 @@ class Form:
 
 
 _GATED = ("gated norm", "gated norm, backward")
+_NORM = ("add, norm", "add, norm, backward")
 FORMS = (
     *(Form("rotate q, k", 64, name) for name in ELEMENT_TYPES),
     Form("rotate k", 64, "bf16"),
@@ -55,6 +56,8 @@ FORMS = (
     *(Form(kernel, 2048, name, name) for kernel in _GATED for name in ELEMENT_TYPES),
     *(Form(kernel, 2048, "bf16", "fp32") for kernel in _GATED),
     *(Form(kernel, 2730, "bf16", "fp32", 2736) for kernel in _GATED),  # the L model's
+    *(Form(kernel, 768, name, name) for kernel in _NORM for name in ELEMENT_TYPES),
+    *(Form(kernel, width, "bf16", "fp32") for kernel in _NORM for width in (768, 1024)),
 )
 
 
@@ -75,12 +78,18 @@ def budget(form: Form) -> Budget:
     flight: 32 KiB, where bandwidth times latency of an H100 needs about 18 KiB (3.35 TB/s over 132
     multiprocessors, 700 ns). Other head dims shuffle their channels through shared memory.
 
-    The norm: 128 registers let 16 warps of the backward run, each thread with three 16-byte loads:
-    24 KiB in flight. Shared memory for one row in float32, on its way between the layouts of 16-
-    and 32-bit vectors. Narrow accesses are the two statistics of a row; rows of 2,730 channels do
-    not begin at multiples of 16 bytes.
+    SwiGLU's norm: 128 registers let 16 warps of the backward run, each thread with three 16-byte
+    loads: 24 KiB in flight. Shared memory for one row in float32, on its way between the layouts
+    of 16- and 32-bit vectors. Narrow accesses are the two statistics of a row; rows of 2,730
+    channels do not begin at multiples of 16 bytes.
+
+    The residual's norm: 170 registers let three blocks of the backward run, each with three times
+    four rows of 1.5 KB on their way: 54 KiB. Shared memory for the weight in float32, between the
+    same layouts. Narrow accesses are the statistics of the four rows.
     """
     aligned = form.width % 16 == 0
+    if form.kernel in _NORM:
+        return Budget(registers=170, shared_bytes=4096, narrow_accesses=8)
     if form.kernel in _GATED:
         row_bytes = 4 << (form.width - 1).bit_length()
         return Budget(registers=128, shared_bytes=row_bytes, narrow_accesses=2 if aligned else 64)
@@ -174,8 +183,13 @@ def _access_bits(ptx: str) -> list[int]:
 
 def _kernel(form: Form) -> tuple[Any, dict[str, int], int]:
     """The kernel, its compile-time sizes and its warps."""
-    from kernels import triton_gated_norm, triton_rotation
+    from kernels import triton_gated_norm, triton_norm, triton_rotation
 
+    if form.kernel in _NORM:
+        backward = form.kernel == "add, norm, backward"
+        sizes, num_warps = triton_norm.launch_sizes(form.width, backward=backward)
+        kernels = (triton_norm.norm_kernel, triton_norm.norm_backward_kernel)
+        return kernels[backward], sizes | {"ADDS": True}, num_warps
     if form.kernel in _GATED:
         backward = form.kernel == "gated norm, backward"
         sizes, num_warps = triton_gated_norm.launch_sizes(
@@ -191,10 +205,16 @@ def _kernel(form: Form) -> tuple[Any, dict[str, int], int]:
     return triton_rotation.rotate_kernel, sizes, triton_rotation.NUM_WARPS
 
 
+_OF_THE_ELEMENTS = {
+    *("q_in", "k_in", "q_out", "k_out", "hidden", "d_hidden", "out", "grad"),
+    *("x", "branch", "total", "d_total", "d_x"),
+}
+
+
 def _argument_type(name: str, form: Form, constants: dict) -> str:
     if name in constants:
         return "constexpr"
-    if name in ("q_in", "k_in", "q_out", "k_out", "hidden", "d_hidden", "out", "grad"):
+    if name in _OF_THE_ELEMENTS:
         return f"*{form.element_type}"
     if name in ("weight", "bias"):
         return f"*{form.weight_type}"

@@ -49,7 +49,7 @@ def _add_norm(
 @operator(
     "norm_backward",
     "(Tensor grad, Tensor? d_total, Tensor total, Tensor weight, Tensor mean, Tensor rstd)"
-    " -> (Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor)",
 )
 def _backward(
     grad: Tensor,
@@ -58,13 +58,12 @@ def _backward(
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the sum (M, D), weight (D,) and bias (D,)."""
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the sum (M, D), and of weight and bias, (2, D)."""
     from kernels import triton_norm
 
     d_x, d_parameters = triton_norm.backward(grad, d_total, total, weight, mean, rstd)
-    d_weight, d_bias = d_parameters.sum(0).to(weight.dtype).unbind()
-    return d_x, d_weight, d_bias
+    return d_x, d_parameters.sum(0).to(weight.dtype)
 
 
 @torch.library.register_fake("eva02_at::norm")
@@ -82,7 +81,7 @@ def _(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tu
 def _(
     grad: Tensor, d_total: Tensor | None, total: Tensor, weight: Tensor, *_: Any
 ) -> tuple[Tensor, ...]:
-    return torch.empty_like(total), torch.empty_like(weight), torch.empty_like(weight)
+    return torch.empty_like(total), weight.new_empty(2, len(weight))
 
 
 class _AddNorm(torch.autograd.Function):
@@ -108,8 +107,8 @@ class _AddNorm(torch.autograd.Function):
         if grad is None:
             return d_total, d_total if ctx.adds else None, None, None, None
         d_total = None if d_total is None else d_total.contiguous()
-        d_x, *d_parameters = _backward(grad.contiguous(), d_total, *ctx.saved_tensors)
-        return d_x, d_x if ctx.adds else None, *d_parameters, None
+        d_x, d_parameters = _backward(grad.contiguous(), d_total, *ctx.saved_tensors)
+        return d_x, d_x if ctx.adds else None, *d_parameters.unbind(), None
 
 
 def layer_norm(

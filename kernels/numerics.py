@@ -1,4 +1,4 @@
-"""How far attention and the gated norm are from float64: `python -m kernels.numerics`.
+"""How far attention and the norms are from float64: `python -m kernels.numerics`.
 
     python -m kernels.numerics --write docs/kernels.md   # into the page, between its markers
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,12 +22,14 @@ from torch import Tensor
 from kernels import c_gated_norm
 from kernels.attention import BACKENDS, available_backends, st_rope_attention_packed
 from kernels.gated_norm import gated_norm
+from kernels.norm import add_layer_norm
 from kernels.operators import fused_status
 from kernels.pages import write_between
 from kernels.st_rope import StRopeTables, rotate_reference, st_rope_tables
 
 GRID, FRAMES, NUM_HEADS, HEAD_DIM = (14, 14), 4, 2, 64  # 785 tokens, the B/16 model's at 4 frames
 GATED_TOKENS, GATED_CHANNELS = 98, 2048  # the B/16 model's
+NORM_TOKENS, NORM_WIDTH = 98, 768
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -91,10 +93,38 @@ def measure_gated_norm(device: str) -> list[tuple[str, str, float, float]]:
         forms["C"] = partial(gated_norm, eps=1e-6, backend="sdpa")
     if fused_status(device)[0]:
         forms["Triton"] = partial(gated_norm, eps=1e-6, backend="triton")
+    return _distances(inputs, forms, _separate_gated_norm)
+
+
+def measure_norm(device: str) -> list[tuple[str, str, float, float]]:
+    """Rows as of `measure_gated_norm`: a sum with its norm, and the gradient of the sum."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((NORM_TOKENS, NORM_WIDTH), (NORM_WIDTH,), (NORM_WIDTH,))
+    inputs = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    forms = {"separate operations": _residual_norm("sdpa")}
+    if fused_status(device)[0]:
+        forms["Triton"] = _residual_norm("triton")
+    return _distances(inputs, forms, _residual_norm("sdpa"))
+
+
+def _residual_norm(backend: str) -> Callable[..., Tensor]:
+    """x + x, which rounds nothing, beside its norm."""
+
+    def form(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.cat(add_layer_norm(x, x, weight, bias, 1e-6, backend=backend), dim=-1)
+
+    return form
+
+
+def _distances(
+    inputs: Sequence[Tensor],
+    forms: Mapping[str, Callable[..., Tensor]],
+    reference: Callable[..., Tensor],
+) -> list[tuple[str, str, float, float]]:
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         rounded = [x.to(dtype) for x in inputs]
-        exact = _value_and_gradient(_separate_gated_norm, [x.double() for x in rounded])
+        exact = _value_and_gradient(reference, [x.double() for x in rounded])
         forms_and_rounding = {
             "(rounding the exact result)": tuple(x.to(dtype) for x in exact),
             **{name: _value_and_gradient(form, rounded) for name, form in forms.items()},
@@ -149,6 +179,14 @@ def table(device: str) -> str:
         "|---|---|---|---|",
     ]
     lines += [f"| {f} | {t} | {out:.1e} | {grad:.1e} |" for f, t, out, grad in gated]
+    lines += [
+        "",
+        f"The residual connection and its norm, {NORM_TOKENS} tokens of {NORM_WIDTH} channels:",
+        "",
+        "| form | type | sum and norm | gradient of the sum |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| {f} | {t} | {out:.1e} | {grad:.1e} |" for f, t, out, grad in measure_norm(device)]
     return "\n".join(lines)
 
 

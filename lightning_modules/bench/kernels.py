@@ -1,4 +1,4 @@
-"""`eva02-at bench kernels`: rotation, attention and block against the field's formulation."""
+"""`eva02-at bench kernels`: rotation, attention, norm and block against the field's formulation."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import st_rope_attention, st_rope_attention_packed
+from kernels.norm import add_layer_norm
 from kernels.rotation import rotate_packed_
 from kernels.st_rope import StRopeTables, st_rope_tables
 from lightning_modules.bench import baselines
@@ -150,6 +151,33 @@ def _overhead(batch: int, tables: StRopeTables, dtype: torch.dtype, options: dic
     return rows
 
 
+def _norm(batch: int, tables: StRopeTables, dtype: torch.dtype, options: dict) -> list[Row]:
+    """The residual connection and its norm: four passes forward, four backward."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch * (1 + tables.temporal.shape[0] * tables.spatial.shape[0]), WIDTH)
+    x, branch, *grads = (
+        torch.randn(shape, generator=generator).to(device_name(), dtype) for _ in range(4)
+    )
+    weight, bias = (torch.ones(WIDTH, device=device_name(), dtype=dtype) for _ in range(2))
+    source, target = torch.cat((x, branch, branch, x)), x.new_empty(4 * shape[0], WIDTH)
+
+    def run(backend: str) -> Callable[[], object]:
+        def case() -> object:
+            leaves = [leaf.detach().requires_grad_() for leaf in (x, branch, weight, bias)]
+            stream, added, w, b = leaves
+            results = add_layer_norm(stream, added, w, b, 1e-6, backend=backend)
+            return torch.autograd.grad(results, leaves, grads)
+
+        return case
+
+    cases: dict[str, Callable[[], object]] = {
+        "separate operations": run("sdpa"),
+        "in one pass": run("auto"),
+        "copy of as many bytes": lambda: target.copy_(source),
+    }
+    return compare(_title("x + branch, norm, fwd+bwd", batch, tables, dtype), cases, **options)
+
+
 def _block(batch: int, tables: StRopeTables, dtype: torch.dtype, options: dict) -> list[Row]:
     """A whole encoder block of the B/16 model, forward and backward with parameter gradients."""
     torch.manual_seed(0)
@@ -206,5 +234,6 @@ _PARTS = {
     "rotation": _rotation,
     "overhead": _overhead,
     "attention": _attention,
+    "norm": _norm,
     "block": _block,
 }

@@ -44,7 +44,11 @@ def attention(device: str) -> Iterator[Finding]:
 
 def parity(device: str) -> Iterator[Finding]:
     """Every backend and type against float64, values and gradients, on this very device."""
-    rows = [*numerics.measure(device), *numerics.measure_gated_norm(device)]
+    rows = [
+        *numerics.measure(device),
+        *numerics.measure_gated_norm(device),
+        *numerics.measure_norm(device),
+    ]
     rows = [row for row in rows if not row[0].startswith("(")]
     wrong = [row for row in rows if not max(row[2:]) < TOLERANCES[row[1]]]
     for name, dtype, out, grad in wrong:

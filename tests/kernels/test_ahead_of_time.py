@@ -24,6 +24,7 @@ from kernels.pages import write_between
 GOOD = Compiled(90, Form("rotate q, k", 64, "bf16"), 40, 0, 0, 6, 0)
 GOOD_ODD = Compiled(90, Form("rotate q, k", 20, "bf16"), 128, 0, 0, 0, 40)
 GOOD_NORM = Compiled(90, Form("gated norm", 2048, "bf16", "bf16"), 128, 0, 8192, 6, 2)
+GOOD_ADD_NORM = Compiled(90, Form("add, norm", 768, "bf16", "bf16"), 170, 0, 4096, 6, 8)
 
 
 def test_every_kernel_compiles_within_budget_for_every_architecture() -> None:
@@ -51,6 +52,9 @@ def test_every_kernel_compiles_within_budget_for_every_architecture() -> None:
         (GOOD_NORM, {"registers": 129}, "129 registers"),
         (GOOD_NORM, {"shared_bytes": 8193}, "8193 bytes of shared memory"),
         (GOOD_NORM, {"narrow_accesses": 3}, "narrower than 128 bits"),
+        (GOOD_ADD_NORM, {"registers": 171}, "171 registers"),
+        (GOOD_ADD_NORM, {"shared_bytes": 4097}, "4097 bytes of shared memory"),
+        (GOOD_ADD_NORM, {"narrow_accesses": 9}, "narrower than 128 bits"),
     ],
 )
 def test_budgets_can_fail(good: Compiled, change: dict, problem: str) -> None:

@@ -34,8 +34,7 @@ def test_what_fails_or_hangs_costs_its_own_row(tmp_path: Path) -> None:
         gpu.Part("fails", ("-c", "raise SystemExit('out of memory')"), 60),
         gpu.Part("hangs", ("-c", "import time; print('here', flush=True); time.sleep(99)"), 2),
     ]
-    outcomes = gpu.run_parts(listed)
-    outcomes += gpu.run_parts(listed[:1], total_s=0)
+    outcomes = [*gpu.run_parts(listed), *gpu.run_parts(listed[:1], total_s=0)]
     assert [o.code for o in outcomes] == [0, 1, None, None]
     page = gpu.write(outcomes, "NVIDIA Test 80GB (rev. 2)", tmp_path)
     assert page.name == "nvidia-test-80gb-rev-2.md"

@@ -7,6 +7,7 @@ import torch
 
 from kernels.attention import BACKENDS, available_backends, st_rope_attention_packed
 from kernels.gated_norm import gated_norm
+from kernels.norm import add_layer_norm
 from kernels.rotation import rotate_packed_
 from kernels.st_rope import rotate_reference, st_rope_tables
 from lightning_modules.models.layers import Block, BlockConfig, init_layers
@@ -68,6 +69,27 @@ def test_gated_norm(channels: int, weight_dtype: torch.dtype) -> None:
         tolerance = 2**-7  # one rounding of the result to bf16
         scale = expected.abs().max().item()
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [512, 768, 1024])
+def test_residual_norm(channels: int, weight_dtype: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = ((3001, channels), (3001, channels), (channels,), (channels,))
+    rounded = [torch.randn(s, generator=generator, device="cuda").bfloat16() for s in shapes]
+    grads = [torch.randn(shapes[0], generator=generator, device="cuda") for _ in range(2)]
+    rounded[1] = rounded[0]  # a sum that needs no rounding
+    results = []
+    for backend, dtype in (("triton", torch.bfloat16), ("sdpa", torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in rounded[:2]]
+        wide = weight_dtype if backend == "triton" else dtype
+        leaves += [x.to(wide).requires_grad_() for x in rounded[2:]]
+        found = add_layer_norm(*leaves, 1e-6, backend=backend)
+        torch.autograd.backward(found, [g.bfloat16().to(dtype) for g in grads])
+        results.append([x.double() for x in (*found, *(leaf.grad for leaf in leaves))])
+    for got, expected in zip(*results, strict=True):
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(got, expected, rtol=2**-7, atol=2**-7 * scale)
 
 
 def test_more_than_two_to_the_31_elements() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from kernels.numerics import measure, measure_gated_norm, rotation_in_low_precision
+from collections.abc import Callable
+
+import pytest
+
+from kernels.numerics import measure, measure_gated_norm, measure_norm, rotation_in_low_precision
 
 
 def test_every_backend_is_near_float64() -> None:
@@ -27,8 +31,9 @@ def test_float32_factors_are_worth_keeping_in_bf16() -> None:
     assert ours < 1.7e-3 < 1.9e-3 < low
 
 
-def test_every_gated_norm_is_as_near_as_separate_operations() -> None:
-    rows = measure_gated_norm("cpu")
+@pytest.mark.parametrize("measured", [measure_gated_norm, measure_norm])
+def test_every_norm_is_as_near_as_separate_operations(measured: Callable) -> None:
+    rows = measured("cpu")
     assert {form for form, *_ in rows} >= {"separate operations", "Triton"}
     separate = {t: (out, grad) for form, t, out, grad in rows if form == "separate operations"}
     for form, dtype, out, grad in rows:
