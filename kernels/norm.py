@@ -20,6 +20,10 @@ from torch.autograd.function import once_differentiable
 
 from kernels.operators import operator, wants_triton
 
+# Below, the host takes longer to launch the kernels than the device to run PyTorch's own: measured
+# beside an H200, 1.0 ms against 0.55 ms for both passes of 25,000 tokens of 768 channels.
+LEAST_ELEMENTS = 2**25
+
 
 @operator(
     "norm",
@@ -85,19 +89,21 @@ def _(
 
 
 class _AddNorm(torch.autograd.Function):
+    """Takes any shape itself: views outside would be nodes of autograd, of more time than these."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
+        total = _rows(x)
         if branch is None:
-            total = x
-            out, mean, rstd = _norm(x, weight, bias, eps)
+            out, mean, rstd = _norm(total, weight, bias, eps)
         else:
-            total, out, mean, rstd = _add_norm(x, branch, weight, bias, eps)
+            total, out, mean, rstd = _add_norm(total, _rows(branch), weight, bias, eps)
         ctx.save_for_backward(total, weight, mean, rstd)
         ctx.adds = branch is not None
         ctx.set_materialize_grads(False)
-        return total, out
+        return x if branch is None else total.view(x.shape), out.view(x.shape)
 
     @staticmethod
     @once_differentiable
@@ -106,9 +112,14 @@ class _AddNorm(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if grad is None:
             return d_total, d_total if ctx.adds else None, None, None, None
-        d_total = None if d_total is None else d_total.contiguous()
-        d_x, d_parameters = _backward(grad.contiguous(), d_total, *ctx.saved_tensors)
+        past = None if d_total is None else _rows(d_total)
+        d_x, d_parameters = _backward(_rows(grad), past, *ctx.saved_tensors)
+        d_x = d_x.view(grad.shape)
         return d_x, d_x if ctx.adds else None, *d_parameters.unbind(), None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def layer_norm(
@@ -139,18 +150,21 @@ def add_layer_norm(
         bias: (D,) of the LayerNorm.
         eps: Of the LayerNorm.
         backend: Of the attention in the same block; `kernels.operators.wants_triton` has the rule.
+            "auto" and "xformers" also ask for `LEAST_ELEMENTS`.
 
     Returns:
         The sum and its norm, (..., D) each, of the type of `x`. The norm is formed in float32.
     """
+    if _is_worth_it(backend, x):
+        return _AddNorm.apply(x, branch, weight, bias, eps)
+    total = x if branch is None else x + branch
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return total, F.layer_norm(total, weight.shape, weight, bias, eps)
+
+
+def _is_worth_it(backend: str, x: Tensor) -> bool:
+    """Say whether the kernels run: not where the compiler fuses, nor where launching is dearer."""
     if torch.compiler.is_compiling() or not wants_triton(backend, x):
-        total = x if branch is None else x + branch
-        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return total, F.layer_norm(total, weight.shape, weight, bias, eps)
-    rows, branch_rows = (
-        None if part is None else part.reshape(-1, part.shape[-1]).contiguous()
-        for part in (x, branch)
-    )
-    total, out = _AddNorm.apply(rows, branch_rows, weight, bias, eps)
-    return total.view_as(x), out.view_as(x)
+        return False
+    return backend == "triton" or x.numel() >= LEAST_ELEMENTS

@@ -172,7 +172,7 @@ def _norm(batch: int, tables: StRopeTables, dtype: torch.dtype, options: dict) -
 
     cases: dict[str, Callable[[], object]] = {
         "separate operations": run("sdpa"),
-        "in one pass": run("auto"),
+        "in one pass": run("triton" if x.is_cuda else "auto"),
         "copy of as many bytes": lambda: target.copy_(source),
     }
     return compare(_title("x + branch, norm, fwd+bwd", batch, tables, dtype), cases, **options)

@@ -81,9 +81,11 @@ def test_residual_norm(channels: int, weight_dtype: torch.dtype) -> None:
     rounded[1] = rounded[0]  # a sum that needs no rounding
     results = []
     for backend, dtype in (("triton", torch.bfloat16), ("sdpa", torch.float64)):
-        leaves = [x.to(dtype).requires_grad_() for x in rounded[:2]]
         wide = weight_dtype if backend == "triton" else dtype
-        leaves += [x.to(wide).requires_grad_() for x in rounded[2:]]
+        leaves = [x.to(dtype, copy=True) for x in rounded[:2]]
+        leaves += [x.to(wide, copy=True) for x in rounded[2:]]
+        for leaf in leaves:
+            leaf.requires_grad_()
         found = add_layer_norm(*leaves, 1e-6, backend=backend)
         torch.autograd.backward(found, [g.bfloat16().to(dtype) for g in grads])
         results.append([x.double() for x in (*found, *(leaf.grad for leaf in leaves))])
