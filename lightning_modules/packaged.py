@@ -7,10 +7,19 @@ this file.
 from __future__ import annotations
 
 import difflib
+from importlib import metadata
 from pathlib import Path
 
 _BESIDE = Path(__file__).parent
 RECIPE_OPTIONS = ("--config", "-c", "--cluster")  # whose values may be a packaged recipe's name
+
+
+def version() -> str:
+    """The project's version; a checkout on PYTHONPATH has none and says so."""
+    try:
+        return metadata.version("eva02-at")
+    except metadata.PackageNotFoundError:
+        return f"not installed, run from {_BESIDE.parent}"
 
 
 def folder(name: str) -> Path:

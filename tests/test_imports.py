@@ -106,6 +106,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "datamodules",
         "lightning_modules.bench",
         "lightning_modules.models",
+        "lightning_modules.packaged",
         "lightning_modules.planning",
         "lightning_modules.training.monitor",
     ),

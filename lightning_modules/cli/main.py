@@ -8,11 +8,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 
 from lightning_modules.cli.endings import EXIT_FAULT, EXIT_OK, EXIT_USER_ERROR, exit_code, report
 from lightning_modules.cli.startup import importing
+from lightning_modules.packaged import version
 from lightning_modules.training.run.signals import STOP
 
 # command -> (module with `main(argv) -> exit code`, one-line help). Modules are imported only
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_usage())
             return EXIT_OK if words else EXIT_USER_ERROR
         if words[0] == "--version":
-            print(metadata.version("eva02-at"))
+            print(version())
             return EXIT_OK
         command, rest = words[0], words[1:]
         if command not in COMMANDS:

@@ -10,13 +10,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from lightning_modules.doctor.finding import Finding
 from lightning_modules.doctor.ranks import Ranks
+from lightning_modules.packaged import version
 
 # the oldest driver of a CUDA major version (NVIDIA's compatibility table)
 DRIVERS = {13: 580, 12: 525, 11: 450}
@@ -28,7 +28,7 @@ _PROBE_MIB = 128
 
 def software() -> Iterator[Finding]:
     """Versions that have to be the same on every node."""
-    yield Finding("project", "ok", f"eva02-at {metadata.version('eva02-at')}")
+    yield Finding("project", "ok", f"eva02-at {version()}")
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs alone"
     text = f"{torch.__version__}, built for {built}; Python {platform.python_version()}"
     yield Finding("torch", "ok", text)

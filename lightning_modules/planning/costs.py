@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kernels import st_rope
 from lightning_modules.models import DualEncoder, DualEncoderConfig, VideoClassifier
 from lightning_modules.models.config import resolve_config
-from lightning_modules.training.monitor.flops import pair_flops, peak_tflops, video_flops
+from lightning_modules.training.monitor.flops import known_gpu, pair_flops, video_flops
 from lightning_modules.training.run.private import fake_tensors, storage_identity
 from lightning_modules.training.run.strategies import bucket_elements
 
@@ -29,7 +29,8 @@ class ClusterConfig:
 
     Attributes:
         gpu: Name, as the driver gives it.
-        gpu_memory_gib: Memory of a GPU.
+        gpu_memory_gib: Memory of a GPU; by default that of the name, of the smaller one where two
+            are sold (A100: 40).
         gpu_tflops: Dense bf16 peak of a GPU; by default that of the name.
         gpus_per_node: GPUs of a node.
         nodes: Nodes.
@@ -44,7 +45,7 @@ class ClusterConfig:
     """
 
     gpu: str = "H100"
-    gpu_memory_gib: float = 80.0
+    gpu_memory_gib: float | None = None
     gpu_tflops: float | None = None
     gpus_per_node: int = 8
     nodes: int = 1
@@ -56,9 +57,10 @@ class ClusterConfig:
     price_per_gpu_hour: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.gpu_tflops is None and peak_tflops(self.gpu) is None:
+        if known_gpu(self.gpu) is None and None in (self.gpu_tflops, self.gpu_memory_gib):
             raise ValueError(
-                f"the peak of a {self.gpu!r} is not known; give cluster.gpu_tflops (dense bf16)"
+                f"the peak and the memory of a {self.gpu!r} are not known; give "
+                "cluster.gpu_tflops (dense bf16) and cluster.gpu_memory_gib"
             )
         for name, value in vars(self).items():
             if isinstance(value, (int, float)) and name != "price_per_gpu_hour" and value <= 0:
@@ -67,7 +69,14 @@ class ClusterConfig:
     @property
     def tflops(self) -> float:
         """Dense bf16 peak of a GPU."""
-        return self.gpu_tflops or peak_tflops(self.gpu) or 0.0
+        known = known_gpu(self.gpu)
+        return self.gpu_tflops or (known.tflops if known else 0.0)
+
+    @property
+    def memory_gib(self) -> float:
+        """Memory of a GPU."""
+        known = known_gpu(self.gpu)
+        return self.gpu_memory_gib or (known.memory_gib if known else 0.0)
 
     @property
     def ranks(self) -> int:
@@ -277,7 +286,7 @@ def plan_option(
         held = state + per_pair * pairs + pair_input_bytes * batch
         return held * _FRAGMENTATION + _CONTEXT_BYTES
 
-    memory = cluster.gpu_memory_gib * GIB
+    memory = cluster.memory_gib * GIB
     fits = total(batch) <= memory
     room = memory - total(0)
     largest = int(room / (per_pair * _FRAGMENTATION)) if room > 0 else 0

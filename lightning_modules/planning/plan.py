@@ -162,7 +162,7 @@ def describe(plan: dict[str, Any]) -> str:
     cluster = ClusterConfig(**plan["cluster"])
     lines = [
         f"{costs.parameters / 1e6:.1f} M parameters, {costs.flops / 1e9:.0f} GFLOPs forward a pair",
-        f"{plan['ranks']} x {cluster.gpu} ({cluster.gpu_memory_gib:.0f} GiB), "
+        f"{plan['ranks']} x {cluster.gpu} ({cluster.memory_gib:.0f} GiB), "
         f"{plan['batch_per_rank']} pairs each, {plan['steps']} steps; {plan['clips']:,} clips an "
         f"epoch ({plan['clips_from']})",
         "kept for the backward pass: "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,14 @@ def test_recipes_are_listed_shown_and_never_overwritten(tmp_path: Path, monkeypa
     assert "zero2.yaml is there already" in capsys.readouterr().err
     assert main(["recipes", "show", "strategy/zero2"]) == 0
     assert capsys.readouterr().out == Path("zero2.yaml").read_text()
+
+
+def test_a_checkout_that_is_not_installed_has_a_version(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert main(["--version"]) == 0
+    assert f"not installed, run from {Path(__file__).parents[2]}" in capsys.readouterr().out

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 DEFINITION = ROOT / ".ci" / "eva02-at.def"
 SHELL = [
     *ROOT.glob("slurm/*"),
-    *(p for p in ROOT.glob(".ci/*") if not p.suffix or p.suffix == ".sh"),
+    *(p for p in ROOT.glob(".ci/*") if p.is_file() and p.suffix in ("", ".sh")),
 ]
 
 

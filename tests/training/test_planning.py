@@ -102,9 +102,13 @@ def test_the_peak_is_found_by_the_devices_name():
     }
     assert {name: peak_tflops(name) for name in peaks} == peaks
     assert ClusterConfig(gpu="NVIDIA A40").tflops == 150.0
-    assert ClusterConfig(gpu="Banana 3000", gpu_tflops=1.0).tflops == 1.0
-    with pytest.raises(ValueError, match=r"'Banana 3000' is not known; give cluster.gpu_tflops"):
-        ClusterConfig(gpu="Banana 3000")
+    assert ClusterConfig(gpu="NVIDIA H200").memory_gib == 141
+    assert ClusterConfig(gpu="NVIDIA A100-SXM4-80GB", gpu_memory_gib=80).memory_gib == 80
+    banana = ClusterConfig(gpu="Banana 3000", gpu_tflops=1.0, gpu_memory_gib=3)
+    assert (banana.tflops, banana.memory_gib) == (1.0, 3)
+    for given in ({}, {"gpu_tflops": 1.0}, {"gpu_memory_gib": 3}):
+        with pytest.raises(ValueError, match=r"'Banana 3000' are not known; give\s+cluster.gpu_"):
+            ClusterConfig(gpu="Banana 3000", **given)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

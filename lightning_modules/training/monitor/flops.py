@@ -8,42 +8,55 @@ of a tower works on the one token that is pooled: it needs the others' keys and 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from lightning_modules.models import DualEncoderConfig, TextConfig, VisionConfig
 
-# bf16 with fp32 accumulation, dense, TFLOP/s (vendors' data sheets; V100 and T4 have fp16 alone),
-# by whole words of the device's name; the first that fits counts, so what says more stands first
-PEAK_TFLOPS = {
-    "GB200": 2500.0,
-    "B200": 2250.0,
-    "GH200": 989.0,
-    "H200 NVL": 836.0,
-    "H200": 989.0,
-    "H100 NVL": 835.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "H800": 989.0,
-    "H20": 148.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "L4": 121.0,
-    "A40": 150.0,
-    "A30": 165.0,
-    "A10G": 70.0,
-    "A10": 125.0,
-    "RTX PRO 6000 Blackwell Max-Q": 439.0,
-    "RTX PRO 6000": 504.0,
-    "RTX 6000 Ada": 364.0,
-    "A6000": 155.0,
-    "A5000": 111.0,
-    "A4000": 77.0,
-    "RTX 5090": 210.0,
-    "RTX 4090": 165.0,
-    "RTX 3090": 71.0,
-    "V100": 125.0,
-    "T4": 65.0,
+
+class Gpu(NamedTuple):
+    """What a vendor's data sheet says.
+
+    Attributes:
+        tflops: bf16 with fp32 accumulation, dense; V100 and T4 have fp16 alone.
+        memory_gib: Memory; of the smaller one, where two of the name are sold.
+    """
+
+    tflops: float
+    memory_gib: float
+
+
+# By whole words of the device's name; the first that fits counts, so what says more stands first.
+GPUS = {
+    "GB200": Gpu(2500.0, 186),
+    "B200": Gpu(2250.0, 180),
+    "GH200": Gpu(989.0, 96),
+    "H200 NVL": Gpu(836.0, 141),
+    "H200": Gpu(989.0, 141),
+    "H100 NVL": Gpu(835.0, 94),
+    "H100 PCIe": Gpu(756.0, 80),
+    "H100": Gpu(989.0, 80),
+    "H800": Gpu(989.0, 80),
+    "H20": Gpu(148.0, 96),
+    "A100": Gpu(312.0, 40),
+    "A800": Gpu(312.0, 40),
+    "L40S": Gpu(362.0, 48),
+    "L40": Gpu(181.0, 48),
+    "L4": Gpu(121.0, 24),
+    "A40": Gpu(150.0, 48),
+    "A30": Gpu(165.0, 24),
+    "A10G": Gpu(70.0, 24),
+    "A10": Gpu(125.0, 24),
+    "RTX PRO 6000 Blackwell Max-Q": Gpu(439.0, 96),
+    "RTX PRO 6000": Gpu(504.0, 96),
+    "RTX 6000 Ada": Gpu(364.0, 48),
+    "A6000": Gpu(155.0, 48),
+    "A5000": Gpu(111.0, 24),
+    "A4000": Gpu(77.0, 16),
+    "RTX 5090": Gpu(210.0, 32),
+    "RTX 4090": Gpu(165.0, 24),
+    "RTX 3090": Gpu(71.0, 24),
+    "V100": Gpu(125.0, 16),
+    "T4": Gpu(65.0, 16),
 }
 
 
@@ -88,9 +101,15 @@ def _block_flops(queries: int, tokens: int, width: int, mlp_columns: int) -> flo
     return projections + attention + 2 * queries * width * mlp_columns
 
 
+def known_gpu(device_name: str) -> Gpu | None:
+    """What is known of a device by its name, or None."""
+    for name, gpu in GPUS.items():
+        if re.search(rf"\b{name}\b", device_name):
+            return gpu
+    return None
+
+
 def peak_tflops(device_name: str) -> float | None:
     """Peak of a device by its name, or None where it is not known."""
-    for name, peak in PEAK_TFLOPS.items():
-        if re.search(rf"\b{name}\b", device_name):
-            return peak
-    return None
+    gpu = known_gpu(device_name)
+    return gpu.tflops if gpu else None
