@@ -98,6 +98,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "datamodules.stream",
         "kernels",
         "lightning_modules.models",
+        "lightning_modules.pretrain",
         "lightning_modules.training",
     ),
     "lightning_modules.bench": OURS,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kernels import st_rope
 from lightning_modules.models import DualEncoder, DualEncoderConfig, VideoClassifier
 from lightning_modules.models.config import resolve_config
-from lightning_modules.training.monitor.flops import known_gpu, pair_flops, video_flops
+from lightning_modules.training.monitor.flops import known_gpu, pair_flops, text_flops, video_flops
 from lightning_modules.training.run.private import fake_tensors, storage_identity
 from lightning_modules.training.run.strategies import bucket_elements
 
@@ -131,6 +131,9 @@ def model_costs(
     config: DualEncoderConfig,
     num_classes: int | None = None,
     precision: str = "bf16-true",
+    *,
+    num_captions: int = 1,
+    turned: float = 0.0,
 ) -> ModelCosts:
     """Count a model's parameters, FLOPs and activations on fake tensors.
 
@@ -138,23 +141,24 @@ def model_costs(
         config: The dual encoder's.
         num_classes: Of a recogniser, which is the video tower alone; a pair is then a clip.
         precision: Lightning's name of it, see `saved_bytes`.
+        num_captions: Sentences of a pair, the false ones of hard negatives included.
+        turned: Share of the pairs that stand in the batch backwards too.
     """
     with torch.device("meta"):
         parameters = sum(p.numel() for p in _build(config, num_classes, False).parameters())
-    saved = {keep: _bytes_a_pair(config, keep, precision, num_classes) for keep in (True, False)}
+
+    def bytes_a_pair(keep: bool) -> float:
+        shape = {"num_classes": num_classes, "num_captions": num_captions}
+        options = {"checkpointing": not keep, "precision": precision, **shape}
+        one, two = (saved_bytes(config, n, **options) for n in (1, 2))  # type: ignore[arg-type]
+        return (1 + turned) * (two - one)
+
+    saved = {keep: bytes_a_pair(keep) for keep in (True, False)}
     block = (saved[True] - saved[False]) / config.vision.depth
     flops = video_flops(config.vision, num_classes) if num_classes else pair_flops(config)
-    return ModelCosts(parameters, flops, saved[True], saved[False], block)
-
-
-def _bytes_a_pair(
-    config: DualEncoderConfig, keep: bool, precision: str, num_classes: int | None
-) -> float:
-    one, two = (
-        saved_bytes(config, n, checkpointing=not keep, precision=precision, num_classes=num_classes)
-        for n in (1, 2)
-    )
-    return two - one
+    if num_captions > 1:
+        flops += (num_captions - 1) * text_flops(config.text, config.embed_dim)
+    return ModelCosts(parameters, (1 + turned) * flops, saved[True], saved[False], block)
 
 
 def _build(config: DualEncoderConfig, num_classes: int | None, checkpointing: bool) -> nn.Module:
@@ -169,6 +173,7 @@ def saved_bytes(
     checkpointing: bool,
     precision: str = "bf16-true",
     num_classes: int | None = None,
+    num_captions: int = 1,
 ) -> int:
     """Bytes that autograd keeps between the forward and the backward pass; see `model_costs`.
 
@@ -182,6 +187,7 @@ def saved_bytes(
         precision: "32-true"; "bf16-true" or "16-true", all weights in that type (DeepSpeed's way in
             mixed precision too); "bf16-mixed" or "16-mixed", float32 weights under autocast.
         num_classes: Of a recogniser.
+        num_captions: Sentences of a pair.
     """
     low = torch.float16 if precision.startswith("16") else torch.bfloat16
     with torch.device("meta"):
@@ -197,7 +203,7 @@ def saved_bytes(
             inputs = [torch.zeros(num_pairs, 3, frames, size, size, dtype=torch.uint8)]
             if num_classes is None:
                 length = config.text.context_length
-                inputs.append(torch.zeros(num_pairs, length, dtype=torch.int64))
+                inputs.append(torch.zeros(num_pairs * num_captions, length, dtype=torch.int64))
             return count_saved(model, *inputs)
     finally:
         st_rope._cached_tables.cache_clear()

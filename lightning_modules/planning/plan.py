@@ -18,6 +18,7 @@ from lightning_modules.planning.costs import (
     plan_option,
 )
 from lightning_modules.planning.store import StoreConfig, describe_store, plan_store
+from lightning_modules.pretrain import PretrainModule
 from lightning_modules.training.recipe import RecipeCLI
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
@@ -57,6 +58,15 @@ def _clips(cli: RecipeCLI) -> tuple[int, str]:
 
 def _data_set(manifest: str) -> str:
     return PurePath(manifest).parent.name
+
+
+def _hard_negatives(cli: RecipeCLI) -> tuple[int, float]:
+    """False captions of a clip, and the share of clips shown backwards too: each at most."""
+    options = getattr(cli.datamodule, "hard_negatives", None)
+    if options is None:
+        return 0, 0.0
+    captions = options.num_verbs + options.num_nouns if isinstance(cli.model, PretrainModule) else 0
+    return captions, options.reversed_share
 
 
 def _activation_precision(strategy: str, precision: str) -> str:
@@ -100,11 +110,16 @@ def make_plan(
     precision = str(cli.trainer.precision)
     num_classes = model.num_classes if is_recogniser else None
     modes = {_activation_precision(s, precision) for s in STRATEGIES}
-    costs = {mode: model_costs(model.config, num_classes, mode) for mode in modes}
+    captions, turned = _hard_negatives(cli)
+    costs = {
+        mode: model_costs(model.config, num_classes, mode, num_captions=1 + captions, turned=turned)
+        for mode in modes
+    }
     vision = model.config.vision
     input_bytes = 3 * vision.num_frames * vision.image_size**2
     if not is_recogniser:
-        input_bytes += 8 * model.config.text.context_length
+        input_bytes += 8 * model.config.text.context_length * (1 + captions)
+    input_bytes = int(input_bytes * (1 + turned))
     per_epoch, source = (clips, "--clips") if clips is not None else _clips(cli)
     steps = per_epoch // batch * (epochs or cli.trainer.max_epochs or 1)
     rows = []
@@ -136,6 +151,7 @@ def make_plan(
         "activation_bytes": {mode: cost.activation_bytes for mode, cost in costs.items()},
         "recomputes": model.config.activation_checkpointing,
         "workers": cli.datamodule.num_workers,
+        "hard_negatives": {"captions": captions, "reversed_share": turned},
     }
     plan = {
         "cluster": asdict(cluster),
@@ -167,6 +183,7 @@ def describe(plan: dict[str, Any]) -> str:
         f"epoch ({plan['clips_from']})",
         "kept for the backward pass: "
         + ", ".join(f"{b / 2**20:.0f} MiB a pair in {m}" for m, b in _modes(plan)),
+        *_told_of_negatives(plan["hard_negatives"]),
         "",
         "strategy  recompute   state  activ.   total GiB  fits         step s  limit     "
         " hours  GPU-hours    cost",
@@ -185,6 +202,16 @@ def describe(plan: dict[str, Any]) -> str:
     if "store" in plan:
         lines += ["", *describe_store(plan["store"])]
     return "\n".join(lines)
+
+
+def _told_of_negatives(negatives: dict[str, Any]) -> list[str]:
+    captions, share = negatives["captions"], negatives["reversed_share"]
+    if not captions and not share:
+        return []
+    return [
+        f"with all of data.hard_negatives that there can be: {captions} false captions a clip, "
+        f"{share:.0%} of the clips backwards too"
+    ]
 
 
 def _modes(plan: dict[str, Any]) -> list[tuple[str, float]]:

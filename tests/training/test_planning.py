@@ -20,6 +20,7 @@ from lightning_modules.models import (
     VisionConfig,
     build_dual_encoder,
 )
+from lightning_modules.models.config import resolve_config
 from lightning_modules.planning.costs import (
     GIB,
     ClusterConfig,
@@ -31,7 +32,12 @@ from lightning_modules.planning.costs import (
     state_bytes,
 )
 from lightning_modules.planning.plan import make_plan
-from lightning_modules.training.monitor.flops import pair_flops, peak_tflops, video_flops
+from lightning_modules.training.monitor.flops import (
+    pair_flops,
+    peak_tflops,
+    text_flops,
+    video_flops,
+)
 from lightning_modules.training.recipe import build_cli
 
 ROOT = Path(__file__).parents[2]
@@ -262,6 +268,32 @@ def test_eva02_ats_published_hours():
     row = _plan("pretrain/eva02_at_base_egoclip_plus.yaml", "rtx6000ada_x4.yaml", 8_000_000)
     assert row["fits"]
     assert 160 / 2 < row["gpu_hours"] < 160 * 2
+
+
+def test_hard_negatives_are_counted(capsys):
+    """As real batches of so many sentences and clips; the retrieval module reads no captions."""
+    config = resolve_config("eva02_at_tiny", num_frames=2)
+    plain = model_costs(config)
+    captions = model_costs(config, num_captions=3)
+    sentence = text_flops(config.text, config.embed_dim)
+    assert captions.flops == pytest.approx(plain.flops + 2 * sentence)
+    sizes = [saved_bytes(config, 2, checkpointing=False, num_captions=n) for n in (1, 2, 3)]
+    assert sizes[2] - sizes[1] == sizes[1] - sizes[0] > 0
+    assert captions.activation_bytes - plain.activation_bytes == sizes[1] - sizes[0]
+    turned = model_costs(config, num_captions=3, turned=0.5)
+    for name in ("flops", "activation_bytes", "checkpointed_bytes", "block_bytes"):
+        assert getattr(turned, name) == pytest.approx(1.5 * getattr(captions, name))
+    assert turned.parameters == plain.parameters
+
+    words = ["--config", "pretrain/eva02_at_base_egoclip_egonce_plus_plus"]
+    words += ["--cluster.gpus_per_node=4", "--clips=100000"]
+    assert main(words) == 0
+    assert "10 false captions a clip, 0% of the clips backwards too" in capsys.readouterr().out
+    words = ["--config", "demo/retrieval", "--clips=1200", "--cluster.gpus_per_node=1"]
+    negatives = {"vocabulary": "v.json", "num_verbs": 4, "reversed_share": 0.5}
+    negatives["inverse_verbs"] = [["open", "close"]]
+    assert main([*words, f"--data.hard_negatives={json.dumps(negatives)}"]) == 0
+    assert " 0 false captions a clip, 50% of the clips backwards" in capsys.readouterr().out
 
 
 def test_the_command_prints_and_writes_a_plan(tmp_path, capsys):
