@@ -87,17 +87,31 @@ def test_a_loss_that_learns_goes_on_where_it_was(zygote, tmp_path, recipe, strat
     assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole")
 
 
+def hard_negatives(folder) -> list[str]:
+    """EgoNCE++ with false captions, and clips backwards, of which each rank has another number."""
+    verbs, nouns = [["move"], ["leave"], ["hold"]], [[f"thing {k}"] for k in range(32)]
+    (folder / "v.json").write_text(json.dumps({"verbs": verbs, "nouns": nouns}))
+    hard = {"vocabulary": str(folder / "v.json"), "num_verbs": 1, "num_nouns": 2}
+    hard |= {"inverse_verbs": [["move", "leave"]], "reversed_share": 0.7}
+    loss = "--model.loss=lightning_modules.losses.EgoNCEPlusPlusLoss"
+    return [loss, f"--data.hard_negatives={json.dumps(hard)}"]
+
+
+@pytest.mark.distributed
+def test_micro_batches_of_uneven_ranks_are_refused_under_zero_3(zygote, tmp_path, recipe):
+    """Each gathers weights on all ranks: one with fewer would leave the others waiting."""
+    argv = [*words(recipe, tmp_path / "run", "zero3"), *hard_negatives(tmp_path)]
+    done = zygote.start(tmp_path / "log.txt", world=2, argv=[*argv, "--model.micro_batch=2"])
+    assert done.wait() == [2, 2], done.text()
+    assert "set model.micro_batch to null, or use ZeRO 2" in done.text().replace("\n", " ")
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
 def test_hard_negatives_go_on_exactly(zygote, tmp_path, recipe, strategy):
-    """EgoNCE++ with false captions, and clips backwards, of which each rank has another number."""
-    verbs, nouns = [["move"], ["leave"], ["hold"]], [[f"thing {k}"] for k in range(32)]
-    (tmp_path / "v.json").write_text(json.dumps({"verbs": verbs, "nouns": nouns}))
-    hard = {"vocabulary": str(tmp_path / "v.json"), "num_verbs": 1, "num_nouns": 2}
-    hard |= {"inverse_verbs": [["move", "leave"]], "reversed_share": 0.7}
-    more = ["--model.loss=lightning_modules.losses.EgoNCEPlusPlusLoss"]
-    more += [f"--data.hard_negatives={json.dumps(hard)}", "--model.optimizer.schedule=constant"]
+    """The losses of a stopped run are those of a whole one, on ranks of different sizes."""
+    more = [*hard_negatives(tmp_path), "--model.optimizer.schedule=constant"]
     more += ["--trainer.precision=32-true", "--trainer.max_epochs=2"]
     whole = [*words(recipe, tmp_path / "whole", strategy), *more]
     parts = [*words(recipe, tmp_path / "parts", strategy), *more]
