@@ -41,10 +41,13 @@ ROOMS = {
     ),
     "kernels": (
         # what runs without a GPU; Triton's and C's own text is out of reach
-        [f"kernels/{name}.py" for name in ("st_rope", "attention", "rotation", "gated_norm")],
+        [
+            f"kernels/{name}.py"
+            for name in ("st_rope", "attention", "rotation", "gated_norm", "norm")
+        ],
         [
             f"tests/kernels/test_{name}.py"
-            for name in ("tables", "rotation", "gated_norm", "attention", "doors")
+            for name in ("tables", "rotation", "gated_norm", "norm", "attention", "doors")
         ],
     ),
 }

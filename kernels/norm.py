@@ -1,7 +1,7 @@
 """LayerNorm, and the residual connection around it, in one pass over memory each way.
 
 PyTorch's own LayerNorm of 768 channels takes three times as long on a GPU as reading and writing
-them does (docs/performance.md), and a residual block reads its stream twice more: to add a
+them does (docs/gpu.md), and a residual block reads its stream twice more: to add a
 branch's output before the norm, and to add the gradient that goes past the norm to the one that
 comes through it. On GPUs two Triton kernels do all of it; elsewhere, and where torch.compile
 fuses by itself, the separate operations of PyTorch.
