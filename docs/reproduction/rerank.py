@@ -64,38 +64,34 @@ class Reranking:
         words += [f"--run_dir={self.out / 'run'}", f"--seed_everything={self.seed}"]
         made = "run/ended.json", "second.npy", "tuned.json", "test.json", "test_dual.json"
         fitted, second, tuned, test, test_dual = (self.out / name for name in made)
-        _command(fitted, ["fit", *words, f"--model.dual_checkpoint={dual}"])
+        command(fitted, ["fit", *words, f"--model.dual_checkpoint={dual}"])
 
         read = ["evaluate", f"--checkpoint={dual}", "--benchmark=ek100_mir", "--workers=0"]
         head = [f"--rerank={self.out / 'run'}"]
         wide = [*head, f"--top={TOP}", "--blend=0", f"--prediction={self.out / 'dual.npy'}"]
         held = [f"--annotations={self.held_out / 'world' / 'annotations'}"]
         shards = [f"--shards={self.held_out / 'shards' / 'train'}", "--split=train"]
-        _command(second, [*read, *held, *shards, *wide, f"--rerank-scores={second}"])
+        command(second, [*read, *held, *shards, *wide, f"--rerank-scores={second}"])
         matrices = [f"--similarity={self.out / 'dual.npy'}", f"--rerank-scores={second}"]
-        _command(tuned, ["tune", *held, *matrices, f"--output={tuned}"])
+        command(tuned, ["tune", *held, *matrices, f"--output={tuned}"])
 
         choice = json.loads(tuned.read_text())
         read.append(f"--annotations={self.demo / 'world' / 'annotations'}")
         read.append(f"--shards={self.demo / 'shards' / 'test'}")
         how = [*head, f"--top={choice['top']}", f"--blend={choice['blend']}"]
-        _command(test, [*read, *how, f"--json={test}"])
-        _command(test_dual, [*read, f"--json={test_dual}"])
+        command(test, [*read, *how, f"--json={test}"])
+        command(test_dual, [*read, f"--json={test_dual}"])
         before, after = (json.loads(path.read_text()) for path in (test_dual, test))
         return {"choice": choice, "before": before, "after": after, **self.accuracies(choice)}
 
     @torch.inference_mode()
     def accuracies(self, choice: Mapping[str, Any]) -> dict[str, list[float]]:
         """Verbs and nouns named, percent, as `Probe.accuracies`: by S, and by S + W p of all."""
-        run = self.demo / "fine_tune"
-        words = [f"--config={CONFIGS / 'demo' / 'retrieval.yaml'}", f"--data_dir={self.demo}"]
-        probe = Probe(run, run / "checkpoints", build_cli([*words, f"--run_dir={run}"]).datamodule)
-        model = load_model(run).model
+        probe, model = probe_of(self.demo), load_model(self.demo / "fine_tune").model
         head = load_reranker(self.out / "run", model)
-        prompts = [imperative(v, [n]) for v in range(len(VERBS)) for n in range(len(NOUNS))]
-        tokens = Tokenizer()(prompts)
+        tokens = Tokenizer()(prompts())
         texts, states = model.encode_text_with_words(tokens)
-        pairs = head.words(states), words_of(tokens), torch.zeros(len(prompts)).long()
+        pairs = head.words(states), words_of(tokens), torch.zeros(len(tokens)).long()
         first, second = [], []
         for video in probe.video.split(48):
             clips, patches = model.encode_video_with_patches(video)
@@ -104,11 +100,23 @@ class Reranking:
             second += [head(one[None], *pairs).sigmoid() for one in places]
         cosines = torch.cat(first)
         both = cosines + choice["blend"] * torch.stack(second)
-        named = [_named(scores, probe) for scores in (cosines, both)]
-        return {"verb": [verb for verb, _ in named], "noun": [noun for _, noun in named]}
+        found = [named(scores, probe) for scores in (cosines, both)]
+        return {"verb": [verb for verb, _ in found], "noun": [noun for _, noun in found]}
 
 
-def _named(scores: Tensor, probe: Probe) -> tuple[float, float]:
+def probe_of(demo: Path) -> Probe:
+    """The demo's test clips, and what they show."""
+    run = demo / "fine_tune"
+    words = [f"--config={CONFIGS / 'demo' / 'retrieval.yaml'}", f"--data_dir={demo}"]
+    return Probe(run, run / "checkpoints", build_cli([*words, f"--run_dir={run}"]).datamodule)
+
+
+def prompts() -> list[str]:
+    """The 96 of every verb with every noun, verb by verb."""
+    return [imperative(v, [n]) for v in range(len(VERBS)) for n in range(len(NOUNS))]
+
+
+def named(scores: Tensor, probe: Probe) -> tuple[float, float]:
     """Percent of clips whose verb, and one of whose nouns, (V, 96) scores name."""
     table = scores.view(-1, len(VERBS), len(NOUNS))
     verb = table.mean(2).argmax(1) == probe.verbs[:, 0]
@@ -116,7 +124,7 @@ def _named(scores: Tensor, probe: Probe) -> tuple[float, float]:
     return 100 * verb.float().mean().item(), 100 * noun.float().mean().item()
 
 
-def _command(made: Path, words: Sequence[str]) -> None:
+def command(made: Path, words: Sequence[str]) -> None:
     """Run a command of `eva02-at`, unless what it makes is there."""
     if made.is_file():
         return
