@@ -105,10 +105,7 @@ class Miniature:
         world = Demo(run_command, self.out, WORLD.seed, WORLD)
         world.make_videos()
         world.make_shards()
-        most = max(mode.num_seeds for mode in TEMPORAL.values())
-        modes = [
-            (n, seed) for seed in range(most) for n in TEMPORAL if seed < TEMPORAL[n].num_seeds
-        ]
+        modes = [(name, seed) for name, m in TEMPORAL.items() for seed in range(m.num_seeds)]
         margins = [(name, margin, 0) for name, loss in LOSSES.items() for margin in loss.margins]
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(lambda cell: self.pretrain(*cell), modes))
@@ -118,7 +115,7 @@ class Miniature:
             list(pool.map(lambda cell: self.fine_tune(*cell), cells))
 
     def tables(self) -> dict[str, str]:
-        """The tables of what is finished, in Markdown, by name."""
+        """The tables of what is finished, by name; one without a row is left out."""
         modes = {
             name: self._finished(f"temporal-{name}-{{}}", mode.num_seeds)
             for name, mode in TEMPORAL.items()
@@ -131,13 +128,14 @@ class Miniature:
         told = {name: f"{name}, {margin}" for name, margin in best.items()}
         papers = {name: mode.paper for name, mode in TEMPORAL.items()}
         papers |= {name: loss.paper for name, loss in LOSSES.items()}
-        return {
+        tables = {
             "temporal": _table("temporal positions", modes, papers, {}),
             "temporal_pairs": _pairs(modes, PAIRS["temporal"]),
             "losses": _table("loss, margin", losses, papers, told),
             "losses_pairs": _pairs(losses, PAIRS["losses"]),
             "margins": self.tuning_table(),
         }
+        return {name: table for name, table in tables.items() if table.count("\n") > 1}
 
     def best_margin(self, name: str) -> float:
         """The margin of the highest mAP with the first seed, of those that are finished."""
@@ -232,7 +230,8 @@ class Miniature:
         for name in LOSSES:
             cells = self._tried(name).items()
             told = [f"{margin}: {cell['map']:.1f} / {cell['ndcg']:.1f}" for margin, cell in cells]
-            rows.append([name, ", ".join(told)])
+            if told:
+                rows.append([name, ", ".join(told)])
         return markdown(["loss", "margin: mAP / nDCG"], rows)
 
 
