@@ -185,13 +185,12 @@ def _kernel(form: Form) -> tuple[Any, dict[str, int], int]:
     """The kernel, its compile-time sizes and its warps."""
     from kernels import triton_gated_norm, triton_norm, triton_rotation
 
+    backward = form.kernel.endswith(", backward")
     if form.kernel in _NORM:
-        backward = form.kernel == "add, norm, backward"
         sizes, num_warps = triton_norm.launch_sizes(form.width, backward=backward)
         kernels = (triton_norm.norm_kernel, triton_norm.norm_backward_kernel)
         return kernels[backward], sizes | {"ADDS": True}, num_warps
     if form.kernel in _GATED:
-        backward = form.kernel == "gated norm, backward"
         sizes, num_warps = triton_gated_norm.launch_sizes(
             form.width, form.padded or form.width, backward=backward
         )

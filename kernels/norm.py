@@ -89,7 +89,7 @@ def _(
 
 
 class _AddNorm(torch.autograd.Function):
-    """Takes any shape itself: views outside would be nodes of autograd, of more time than these."""
+    """Takes any shape: as views outside of it, the changes of shape would be nodes of autograd."""
 
     @staticmethod
     def forward(

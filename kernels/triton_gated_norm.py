@@ -8,14 +8,12 @@ P values.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_PROGRAMS_PER_PROCESSOR = 4  # of the backward, whose programs keep their share of two sums
+from kernels.launch import device_of, norm_warps, summing_programs
 
 
 @triton.jit
@@ -102,13 +100,13 @@ def gated_norm_backward_kernel(  # type: ignore[no-untyped-def]
 def launch_sizes(
     num_channels: int, num_padded: int, *, backward: bool
 ) -> tuple[dict[str, int], int]:
-    """Return the kernels' compile-time sizes and the warps: a thread has 16 channels, or 8.
+    """Return the kernels' compile-time sizes and the warps.
 
-    Eight in the backward, which keeps eight numbers of each.
+    Half as many channels a thread in the backward, which keeps eight numbers of each.
     """
     block = triton.next_power_of_2(num_padded)
-    num_warps = min(16, max(1, block // (256 if backward else 512)))
-    return {"F": num_channels, "P": num_padded, "BLOCK": block}, num_warps
+    sizes = {"F": num_channels, "P": num_padded, "BLOCK": block}
+    return sizes, norm_warps(block, backward=backward)
 
 
 def forward(
@@ -119,8 +117,7 @@ def forward(
     out = hidden.new_empty(num_rows, num_padded)
     mean, rstd = (weight.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     sizes, num_warps = launch_sizes(len(weight), num_padded, backward=False)
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext():
+    with device_of(hidden):
         gated_norm_kernel[(num_rows,)](
             hidden, weight, bias, out, mean, rstd, eps, **sizes, num_warps=num_warps
         )
@@ -133,10 +130,10 @@ def backward(
     """The backward pass, as `kernels.gated_norm` asks for it."""
     num_rows, num_channels = len(hidden), len(weight)
     d_hidden = torch.empty_like(hidden)
-    num_programs = min(num_rows, _PROGRAMS_PER_PROCESSOR * _num_processors(hidden.device))
+    num_programs = summing_programs(num_rows, hidden.device)
     d_parameters = weight.new_empty(num_programs, 2, num_channels, dtype=torch.float32)
     sizes, num_warps = launch_sizes(num_channels, hidden.shape[1] // 2, backward=True)
-    with torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext():
+    with device_of(hidden):
         gated_norm_backward_kernel[(num_programs,)](
             grad,
             hidden,
@@ -150,9 +147,3 @@ def backward(
             num_warps=num_warps,
         )
     return d_hidden, d_parameters
-
-
-def _num_processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1  # Triton's interpreter
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -7,15 +7,14 @@ Shape legend: M tokens, D channels.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import device_of, norm_warps, summing_programs
+
 _ROWS = 4  # tokens that a program has in flight at once
-_PROGRAMS_PER_PROCESSOR = 4  # of the backward, whose programs keep their share of two sums
 
 
 @triton.jit
@@ -110,14 +109,14 @@ def norm_backward_kernel(  # type: ignore[no-untyped-def]
 
 
 def launch_sizes(num_channels: int, *, backward: bool) -> tuple[dict[str, int], int]:
-    """Return the kernels' compile-time sizes and the warps: a thread has 16 channels, or 8.
+    """Return the kernels' compile-time sizes and the warps, whose threads have all of the rows.
 
-    Eight in the backward, of all rows: more warps than that would share the rows between them, so
-    that each sum over rows passes through shared memory (3.3 times as slow on an H200).
+    With more warps than that in the backward they would share the rows between them, so that each
+    sum over rows passes through shared memory (3.3 times as slow on an H200).
     """
     block = triton.next_power_of_2(num_channels)
-    num_warps = min(16, max(1, block // (256 if backward else 512)))
-    return {"D": num_channels, "BLOCK": block, "ROWS": _ROWS}, num_warps
+    sizes = {"D": num_channels, "BLOCK": block, "ROWS": _ROWS}
+    return sizes, norm_warps(block, backward=backward)
 
 
 def forward(
@@ -128,8 +127,7 @@ def forward(
     out = torch.empty_like(x)
     mean, rstd = (x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
     sizes, num_warps = launch_sizes(x.shape[1], backward=False)
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    with device_of(x):
         norm_kernel[(triton.cdiv(len(x), _ROWS),)](
             x,
             x if branch is None else branch,
@@ -163,15 +161,10 @@ def backward(
         float32, to be summed over K.
     """
     d_x = torch.empty_like(total)
-    num_programs = triton.cdiv(len(total), _ROWS)
-    if total.is_cuda:
-        processors = torch.cuda.get_device_properties(total.device).multi_processor_count
-        num_programs = min(num_programs, _PROGRAMS_PER_PROCESSOR * processors)
-    else:
-        num_programs = 1  # Triton's interpreter
+    num_programs = summing_programs(triton.cdiv(len(total), _ROWS), total.device)
     d_parameters = weight.new_empty(num_programs, 2, len(weight), dtype=torch.float32)
     sizes, num_warps = launch_sizes(total.shape[1], backward=True)
-    with torch.cuda.device(total.device) if total.is_cuda else nullcontext():
+    with device_of(total):
         norm_backward_kernel[(num_programs,)](
             grad,
             total if d_total is None else d_total,

@@ -10,12 +10,12 @@ Shape legend: B clips, S = 1 + T*N tokens, H heads, D head dim; one row of a fac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kernels.launch import device_of
 
 NUM_WARPS = 4
 _VECTOR_BYTES = 16  # one 128-bit load of each thread
@@ -131,8 +131,7 @@ def rotate_parts(
         num_clips,
         num_heads // sizes["HEADS"],
     )
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+    with device_of(q):
         rotate_kernel[grid](
             q,
             k,

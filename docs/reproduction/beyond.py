@@ -10,7 +10,6 @@ Weights are chosen on the clips that `rerank.py` holds out; its second look is a
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,11 +19,10 @@ from typing import Any
 import torch
 from miniature import CONFIGS
 from rerank import Reranking, command, named, probe_of, prompts
-from seeds import differences, markdown
+from seeds import differences, markdown, script_parser, show
 from torch import Tensor
 
 from datamodules.tokenizer import Tokenizer
-from kernels.pages import write_between
 from lightning_modules.checkpoints.conversion import load_model
 
 # The demo world's verbs, each beside itself played backwards.
@@ -147,11 +145,8 @@ def table(found: Mapping[int, Mapping[str, Mapping[str, float]]]) -> str:
 
 def main() -> None:
     """Train, choose, test and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--demos", type=Path, nargs="+", required=True, help="of `eva02-at demo`")
+    parser = script_parser(__doc__, "runs/beyond")
     parser.add_argument("--rerank", type=Path, default=Path("runs/rerank"), help="(%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/beyond"), help="(%(default)s)")
-    parser.add_argument("--write", type=Path, help="the page, with its markers")
     args = parser.parse_args()
     torch.set_num_threads(1)
     held_out = args.rerank / "held_out"
@@ -159,10 +154,7 @@ def main() -> None:
         seed: Arms(demo, args.rerank / demo.name, held_out, args.out / demo.name, seed).run()
         for seed, demo in enumerate(args.demos)
     }
-    told = table(found)
-    print(told)
-    if args.write:
-        write_between(args.write, "beyond.demo", told)
+    show({"beyond.demo": table(found)}, args.write)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Trains nothing. Runs only what is not there yet: a finished cell is a file OUT/c
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +17,10 @@ from typing import Any
 
 import torch
 from miniature import CONFIGS
-from seeds import BySeed, differences, markdown, means
+from seeds import BySeed, differences, markdown, means, script_parser, show
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.pages import write_between
 from lightning_modules.checkpoints.conversion import load_model
 from lightning_modules.cli.main import main as run_command
 from lightning_modules.demo.probe import Probe
@@ -159,17 +157,10 @@ def figures_of(probe: Probe) -> dict[str, float]:
 
 def main() -> None:
     """Evaluate and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--demos", type=Path, nargs="+", required=True, help="of `eva02-at demo`")
-    parser.add_argument("--out", type=Path, default=Path("runs/long_clips"), help="(%(default)s)")
-    parser.add_argument("--write", type=Path, help="the page, with its markers")
-    args = parser.parse_args()
+    args = script_parser(__doc__, "runs/long_clips").parse_args()
     torch.set_num_threads(1)
     tables = LongClips(args.out, args.demos).run()
-    print("\n\n".join(tables.values()))
-    if args.write:
-        for name, table in tables.items():
-            write_between(args.write, f"long_clips.{name}", table)
+    show({f"long_clips.{name}": table for name, table in tables.items()}, args.write)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ nothing and writes the tables of what is there; a row says of how many seeds it 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -20,9 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from seeds import BySeed, Figures, differences, markdown, means
+from seeds import BySeed, Figures, differences, markdown, means, script_parser, show
 
-from kernels.pages import write_between
 from lightning_modules.cli.main import main as run_command
 from lightning_modules.demo.probe import Probe
 from lightning_modules.demo.run import Demo
@@ -274,21 +272,16 @@ def _pairs(arms: Mapping[str, BySeed], pairs: Sequence[tuple[str, str]]) -> str:
 
 def main() -> None:
     """Run the experiments and write their tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/miniature"), help="(%(default)s)")
+    parser = script_parser(__doc__, "runs/miniature", demos=False)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time (%(default)s)")
-    parser.add_argument("--write", type=Path, help="the page, with its markers")
     parser.add_argument("--finished", action="store_true", help="run nothing")
     args, words = parser.parse_known_args()
     torch.set_num_threads(1)
     miniature = Miniature(args.out, args.jobs, words)
     if not args.finished:
         miniature.run()
-    tables = miniature.tables()
-    print("\n\n".join(tables.values()))
-    if args.write:
-        for name, table in tables.items():
-            write_between(args.write, f"reproduction.{name}", table)
+    tables = {f"reproduction.{name}": table for name, table in miniature.tables().items()}
+    show(tables, args.write)
 
 
 if __name__ == "__main__":

@@ -10,22 +10,21 @@ tests on the demo's test split. Every step is a command of `eva02-at`; what is t
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from miniature import CONFIGS
-from seeds import interval, markdown
+from seeds import interval, markdown, script_parser, show
 from torch import Tensor
 
 from datamodules.tokenizer import Tokenizer
-from kernels.pages import write_between
 from lightning_modules.checkpoints.conversion import load_model
 from lightning_modules.checkpoints.rerank import load_reranker
 from lightning_modules.cli.main import main as run_command
@@ -104,8 +103,9 @@ class Reranking:
         return {"verb": [verb for verb, _ in found], "noun": [noun for _, noun in found]}
 
 
+@cache
 def probe_of(demo: Path) -> Probe:
-    """The demo's test clips, and what they show."""
+    """The demo's test clips, decoded once, and what they show."""
     run = demo / "fine_tune"
     words = [f"--config={CONFIGS / 'demo' / 'retrieval.yaml'}", f"--data_dir={demo}"]
     return Probe(run, run / "checkpoints", build_cli([*words, f"--run_dir={run}"]).datamodule)
@@ -168,11 +168,7 @@ _NAMES = ("verb", "noun")
 
 def main() -> None:
     """Train, choose, test and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--demos", type=Path, nargs="+", required=True, help="of `eva02-at demo`")
-    parser.add_argument("--out", type=Path, default=Path("runs/rerank"), help="(%(default)s)")
-    parser.add_argument("--write", type=Path, help="the page, with its markers")
-    args = parser.parse_args()
+    args = script_parser(__doc__, "runs/rerank").parse_args()
     torch.set_num_threads(1)
     held_out = args.out / "held_out"
     if not (held_out / "shards" / "train" / "manifest.json").is_file():
@@ -183,10 +179,7 @@ def main() -> None:
         seed: Reranking(demo, held_out, args.out / demo.name, seed).run()
         for seed, demo in enumerate(args.demos)
     }
-    told = table(found)
-    print(told)
-    if args.write:
-        write_between(args.write, "rerank.demo", told)
+    show({"rerank.demo": table(found)}, args.write)
 
 
 if __name__ == "__main__":

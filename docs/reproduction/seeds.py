@@ -1,9 +1,13 @@
-"""Figures of several seeds as Markdown: means and paired differences, with 95 % intervals."""
+"""What the scripts beside it share: figures of several seeds as Markdown, and their options."""
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from kernels.pages import write_between
 
 Figures = Mapping[str, float]
 BySeed = Mapping[int, Figures]
@@ -42,3 +46,24 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def script_parser(
+    description: str | None, out: str, *, demos: bool = True
+) -> argparse.ArgumentParser:
+    """The options of every script: --demos, where it works on them, --out and --write."""
+    parser = argparse.ArgumentParser(description=description)
+    if demos:
+        help = "of `eva02-at demo`"
+        parser.add_argument("--demos", type=Path, nargs="+", required=True, help=help)
+    parser.add_argument("--out", type=Path, default=Path(out), help="(%(default)s)")
+    parser.add_argument("--write", type=Path, help="the page, with its markers")
+    return parser
+
+
+def show(tables: Mapping[str, str], page: Path | None) -> None:
+    """Print tables by their marker's name and, if asked, write each into the page."""
+    print("\n\n".join(tables.values()))
+    if page is not None:
+        for name, table in tables.items():
+            write_between(page, name, table)

@@ -196,14 +196,14 @@ def step_rows(args: argparse.Namespace, device: str, clock: Callable[[], float])
     rows = compare(f"{title}, {args.dtype}", cases, rounds=args.rounds, memory=True, clock=clock)
     peak = peak_tflops(torch.cuda.get_device_name()) if device == "cuda" else None
     for row in rows:
-        losses = steps[row.name].losses
-        if steps[row.name].captured_bytes is not None:
-            row.peak_bytes = steps[row.name].captured_bytes
+        step = steps[row.name]
+        if step.captured_bytes is not None:
+            row.peak_bytes = step.captured_bytes
         rate = args.batch / row.median_s
         row.notes["pairs/s"] = round(rate, 1)
         if peak:
             row.notes["mfu"] = round(3 * pair_flops(config, SHORT_TEXT) * rate / (peak * 1e12), 3)
-        row.notes["loss"] = f"{losses[0].item():.5f} -> {losses[args.rounds].item():.5f}"
+        row.notes["loss"] = f"{step.losses[0].item():.5f} -> {step.losses[args.rounds].item():.5f}"
     return rows
 
 

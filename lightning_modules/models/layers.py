@@ -133,8 +133,9 @@ class Attention(nn.Module):
         self.causal = config.causal
         self.backend = config.attention_backend
         self.qkv = PackedProjection(config.width, key_bias=config.key_bias)
-        norm = partial(Norm, config.width, eps=config.norm_eps, backend=config.attention_backend)
-        self.norm = norm() if config.inner_norm else nn.Identity()
+        self.norm: nn.Module = nn.Identity()
+        if config.inner_norm:
+            self.norm = Norm(config.width, eps=config.norm_eps, backend=config.attention_backend)
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(

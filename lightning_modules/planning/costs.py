@@ -7,6 +7,7 @@ time follows a stated model with a few measured rates. Nothing here touches a GP
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,13 @@ from torch import Tensor, nn
 from kernels import st_rope
 from lightning_modules.models import DualEncoder, DualEncoderConfig, VideoClassifier
 from lightning_modules.models.config import resolve_config
-from lightning_modules.training.monitor.flops import known_gpu, pair_flops, text_flops, video_flops
+from lightning_modules.training.monitor.flops import (
+    known_gpu,
+    pair_flops,
+    peak_tflops,
+    text_flops,
+    video_flops,
+)
 from lightning_modules.training.run.private import fake_tensors, storage_identity
 from lightning_modules.training.run.strategies import bucket_elements
 
@@ -69,8 +76,7 @@ class ClusterConfig:
     @property
     def tflops(self) -> float:
         """Dense bf16 peak of a GPU."""
-        known = known_gpu(self.gpu)
-        return self.gpu_tflops or (known.tflops if known else 0.0)
+        return self.gpu_tflops or peak_tflops(self.gpu) or 0.0
 
     @property
     def memory_gib(self) -> float:
@@ -146,19 +152,24 @@ def model_costs(
     """
     with torch.device("meta"):
         parameters = sum(p.numel() for p in _build(config, num_classes, False).parameters())
-
-    def bytes_a_pair(keep: bool) -> float:
-        shape = {"num_classes": num_classes, "num_captions": num_captions}
-        options = {"checkpointing": not keep, "precision": precision, **shape}
-        one, two = (saved_bytes(config, n, **options) for n in (1, 2))  # type: ignore[arg-type]
-        return (1 + turned) * (two - one)
-
-    saved = {keep: bytes_a_pair(keep) for keep in (True, False)}
-    block = (saved[True] - saved[False]) / config.vision.depth
-    flops = video_flops(config.vision, num_classes) if num_classes else pair_flops(config)
-    if num_captions > 1:
-        flops += (num_captions - 1) * text_flops(config.text, config.embed_dim)
-    return ModelCosts(parameters, (1 + turned) * flops, saved[True], saved[False], block)
+    saved = partial(
+        saved_bytes,
+        config,
+        precision=precision,
+        num_classes=num_classes,
+        num_captions=num_captions,
+    )
+    kept, recomputed = (
+        (1 + turned) * (saved(2, checkpointing=again) - saved(1, checkpointing=again))
+        for again in (False, True)
+    )
+    block = (kept - recomputed) / config.vision.depth
+    if num_classes:
+        flops = video_flops(config.vision, num_classes)
+    else:
+        false_captions = (num_captions - 1) * text_flops(config.text, config.embed_dim)
+        flops = pair_flops(config) + false_captions
+    return ModelCosts(parameters, (1 + turned) * flops, kept, recomputed, block)
 
 
 def _build(config: DualEncoderConfig, num_classes: int | None, checkpointing: bool) -> nn.Module:

@@ -34,17 +34,20 @@ class Curve:
     dots: bool = False
 
 
-def read_series(path: Path, column: str) -> tuple[list[int], list[float]]:
+def read_series(path: Path | None, column: str) -> tuple[list[int], list[float]]:
     """Steps and values of a column of a run's `metrics.csv`; empty and non-finite cells left out.
 
     Args:
-        path: The CSV; each row has a `step`.
+        path: The CSV; each row has a `step`. None where nothing was logged.
         column: Its name. Both lists are empty where the file has no such column.
 
     Raises:
         OSError: The file cannot be read.
     """
-    steps, values = [], []
+    steps: list[int] = []
+    values: list[float] = []
+    if path is None:
+        return steps, values
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             step, value = _number(row.get("step")), _number(row.get(column))

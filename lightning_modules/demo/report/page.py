@@ -196,8 +196,7 @@ def _charts(results: DemoResults) -> list[Chart]:
         _loss_chart(results.pretrain_log, "Pretraining loss"),
         _loss_chart(results.fine_tune_log, "Fine-tuning loss"),
     ]
-    log = results.fine_tune_log
-    validation = read_series(log, "val/map_avg") if log else ([], [])
+    validation = read_series(results.fine_tune_log, "val/map_avg")
     if validation[0]:
         curve = Curve("smooth", *validation, dots=True)
         title = "Validation mAP while fine-tuning"
@@ -207,7 +206,7 @@ def _charts(results: DemoResults) -> list[Chart]:
 
 
 def _loss_chart(log: Path | None, title: str) -> Chart:
-    steps, values = read_series(log, "train/loss") if log else ([], [])
+    steps, values = read_series(log, "train/loss")
     if not steps:
         return Chart(title, Markup(""), "The log has no values.")
     smoothed, window = smooth(values)
