@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import socket
 import threading
 import time
@@ -34,16 +33,16 @@ class FaultyStore:
     """Serves objects, and what goes wrong with them.
 
     Args:
-        throttled: Share of requests for objects answered by SlowDown.
-        cut: Share of answers that end in the middle of the body.
+        throttled: How many of the first requests for each shard file are answered by SlowDown.
+        cut: How many of the answers that come next end in the middle of the body.
         latency_s: Before each answer.
         bytes_per_s: Of each connection; None for as fast as it goes.
     """
 
-    def __init__(self, throttled=0.0, cut=0.0, latency_s=0.0, bytes_per_s=None, seed=0):
+    def __init__(self, throttled=0, cut=0, latency_s=0.0, bytes_per_s=None):
         self.throttled, self.cut = throttled, cut
         self.latency_s, self.bytes_per_s = latency_s, bytes_per_s
-        self.random, self.lock = random.Random(seed), threading.Lock()
+        self.lock = threading.Lock()
         self.asked: list[str] = []
         self.faults = {"throttled": 0, "cut": 0}
         self.app = DomainDispatcherApplication(create_backend_app)
@@ -76,24 +75,23 @@ class FaultyStore:
             client.upload_file(str(path), BUCKET, f"{prefix}/{path.name}")
         return f"s3://{BUCKET}/{prefix}/manifest.json"
 
-    def _draw(self, share: float) -> bool:
-        with self.lock:
-            return self.random.random() < share
-
     def _answer(self, environ, start_response):
         name = environ["PATH_INFO"].rpartition("/")[2]
         if environ["REQUEST_METHOD"] == "PUT" or not name.startswith("shard-"):
             return self.app(environ, start_response)
-        self.asked.append(name)
+        with self.lock:
+            before = self.asked.count(name)
+            self.asked.append(name)
         time.sleep(self.latency_s)
-        if self._draw(self.throttled):
+        if before < self.throttled:
             self.faults["throttled"] += 1
             start_response("503 Slow Down", [("Content-Type", "application/xml")])
             return [SLOW_DOWN]
-        return self._body(b"".join(self.app(environ, start_response)), environ["werkzeug.socket"])
+        data = b"".join(self.app(environ, start_response))
+        end = len(data) // 2 if before < self.throttled + self.cut else len(data)
+        return self._body(data, end, environ["werkzeug.socket"])
 
-    def _body(self, data: bytes, connection: socket.socket):
-        end = len(data) // 2 if self._draw(self.cut) else len(data)
+    def _body(self, data: bytes, end: int, connection: socket.socket):
         chunk = 1 << 16
         for start in range(0, end, chunk):
             piece = data[start : min(start + chunk, end)]
