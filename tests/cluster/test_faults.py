@@ -207,11 +207,22 @@ def test_a_dead_or_stopped_rank_ends_the_run_with_the_laggard_named(zygote, tmp_
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("verb", "world"), [("fit", 2), ("test", 2), ("test", 1)])
-def test_a_rank_that_hangs_while_it_loads_ends_the_command(zygote, tmp_path, stopped, verb, world):
+@pytest.mark.parametrize(
+    ("verb", "stall_s"),
+    [
+        ("fit", [2.0, 2.0]),
+        ("fit", [2.0, 6.0]),  # rank 0 is gone, and the list with it, when rank 1 has to say why
+        ("test", [2.0, 2.0]),
+        ("test", [2.0]),
+    ],
+)
+def test_a_rank_that_hangs_while_it_loads_ends_the_command(
+    zygote, tmp_path, stopped, verb, stall_s
+):
     folder = shutil.copytree(stopped("ddp", 1), tmp_path / "run")
+    world = len(stall_s)
     trouble = {"where": "load", "rank": world - 1}
-    done = run(zygote, folder, world=world, verb=verb, trouble=trouble, stall_s=2.0)
+    done = run(zygote, folder, world=world, verb=verb, trouble=trouble, stall_s=stall_s)
     assert 70 in done.codes and 0 not in done.codes, done.text()
     told = [line for line in done.text().splitlines() if "ending the process" in line]
     assert told and all("restoring" in line or "loading" in line for line in told), told

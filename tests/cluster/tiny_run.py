@@ -245,7 +245,7 @@ def main(
     accumulate: int = 1,
     poison: dict | None = None,
     guard: dict | None = None,
-    stall_s: float = 0.0,
+    stall_s: float | list[float] = 0.0,  # a list: of each rank
     csv: bool = False,
     clip: float = 0.3,
     trainer_options: dict | None = None,
@@ -269,6 +269,8 @@ def main(
     callbacks += [Trouble(**(trouble or {}))]
     callbacks += [WeightAverage(decay=0.5)] if ema else []
     callbacks += [FiniteGuard(**(guard or {}))]
+    if isinstance(stall_s, list):
+        stall_s = stall_s[int(os.environ.get("SLURM_PROCID") or os.environ["RANK"])]
     callbacks += [StallWatchdog(stall_s)] if stall_s else []
     trainer = Trainer(
         accelerator="cpu",

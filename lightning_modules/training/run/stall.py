@@ -157,18 +157,20 @@ class _Board:
 
     def report(self, still_s: float) -> str:
         """Say who lags, as far as can be known."""
-        head = f"rank {self.rank}: no progress for {still_s:.0f} s, ending the process"
+        doing = self.own["doing"]
+        head = f"rank {self.rank} ({doing}): no progress for {still_s:.0f} s, ending the process"
         if self.world == 1:
-            return f"{head}; it was {self.own['doing']}"
+            return head
+        unknown = f"{head}; rank 0, which holds the list of the others, cannot be reached"
         if self.store is None:
-            return f"{head}; rank 0, which holds the list of the others, cannot be reached"
+            return unknown
         try:
             keys = [self._key(rank) for rank in range(self.world)]
             told = [
                 json.loads(self.store.get(key)) if self.store.check([key]) else None for key in keys
             ]
         except RuntimeError:
-            return f"{head}; rank 0, which holds the list of the others, cannot be reached"
+            return unknown
         return f"{head}; lagging: {', '.join(_laggards(told, silent_s=still_s / 2))}"
 
 
