@@ -150,15 +150,16 @@ class _Board:
             self.store = None
         return None
 
+    def _itself(self) -> str:
+        return f"rank {self.rank} ({self.own['doing']})"
+
     def after(self, failed: str) -> str:
         """Why this rank ends because of another one."""
-        doing = self.own["doing"]
-        return f"rank {self.rank} ({doing}) waits in vain, ending the process: {failed}"
+        return f"{self._itself()} waits in vain, ending the process: {failed}"
 
     def report(self, still_s: float) -> str:
         """Say who lags, as far as can be known."""
-        doing = self.own["doing"]
-        head = f"rank {self.rank} ({doing}): no progress for {still_s:.0f} s, ending the process"
+        head = f"{self._itself()}: no progress for {still_s:.0f} s, ending the process"
         if self.world == 1:
             return head
         unknown = f"{head}; rank 0, which holds the list of the others, cannot be reached"
