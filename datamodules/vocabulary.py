@@ -16,6 +16,8 @@ from datamodules.stream.captions import CaptionNegatives, Vocabulary
 class HardNegatives:
     """Hard negatives of the training stream.
 
+    Clips without classes, as LaViLa's pickles have them, have those that their captions name.
+
     Attributes:
         vocabulary: A JSON file `{"verbs": [["open"], ...], "nouns": [[...], ...]}` with the phrases
             of each class, its place being its id; or the folder of EK-100's

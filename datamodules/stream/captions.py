@@ -11,11 +11,14 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from datamodules.manifest import ClipRecord
 
 GAP = " ... "
 Phrases = Mapping[int, Sequence[str]]
+_Words = tuple[str, ...]
+_Heads = Mapping[_Words, Mapping[_Words, int]]  # words before the gap -> after it -> class
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,27 @@ class Vocabulary:
             raise ValueError(f"verb {name!r} is no phrase of the vocabulary's verbs")
         return min(named, key=lambda c: (list(self.verbs[c]).index(name), c))
 
+    def with_classes(self, narration: Narration) -> Narration:
+        """The narration; where it has no classes, as LaViLa's have none, with those that it names.
+
+        At each word the longest phrase is taken (`put down` before `put`), one with a gap before
+        one without, of those the one that ends first; a phrase of several classes stands for the
+        first, as in `verb_class`.
+        """
+        return replace(
+            narration,
+            verb_classes=narration.verb_classes or _named(narration.text, self._verb_heads),
+            noun_classes=narration.noun_classes or _named(narration.text, self._noun_heads),
+        )
+
+    @cached_property
+    def _verb_heads(self) -> _Heads:
+        return _heads(self.verbs, _VERB_FORMS)
+
+    @cached_property
+    def _noun_heads(self) -> _Heads:
+        return _heads(self.nouns, _NOUN_FORMS)
+
 
 @dataclass(frozen=True)
 class CaptionNegatives:
@@ -82,8 +106,9 @@ class CaptionNegatives:
 
         The classes of the new words are different ones and none of the narration's: a synonym is
         never a negative. "" stands for what cannot be made: the caption names no word of its own
-        classes, or there are not so many others.
+        classes, or there are not so many others. A narration without classes has those it names.
         """
+        narration = self.vocabulary.with_classes(narration)
         made: list[str] = []
         for phrases, own, count, forms in (
             (self.vocabulary.verbs, narration.verb_classes, self.num_verbs, _VERB_FORMS),
@@ -102,20 +127,28 @@ class CaptionNegatives:
         """What the clip and its narration become when the clip is played backwards.
 
         None where that has no name: the clip or the narration is not of exactly one verb, its verb
-        has no inverse, or the caption does not name it.
+        has no inverse, or the caption does not name it. Without classes in the data the verb is the
+        one that the caption names, and the pair backwards has none either.
         """
-        pair = []
-        for classes in (record.verb_classes, narration.verb_classes):
-            if len(classes) != 1 or classes[0] not in self.inverse:
-                return None
-            pair.append((self.inverse[classes[0]],))
-        phrase = self.vocabulary.verbs[pair[1][0]][0]
+        said = self.vocabulary.with_classes(narration).verb_classes
+        if not all(
+            len(classes) == 1 and classes[0] in self.inverse
+            for classes in (record.verb_classes or said, said)
+        ):
+            return None
         verbs = self.vocabulary.verbs
-        text = swap(narration.text, verbs, narration.verb_classes, phrase, _VERB_FORMS)
+        phrase = verbs[self.inverse[said[0]]][0]
+        text = swap(narration.text, verbs, said, phrase, _VERB_FORMS)
         if text is None:
             return None
-        new = replace(narration, text=text, text_index=-1, verb_classes=pair[1])
-        return replace(record, verb_classes=pair[0]), new
+        turned = replace(narration, text=text, text_index=-1)
+        return (
+            replace(record, verb_classes=self._turned(record.verb_classes)),
+            replace(turned, verb_classes=self._turned(narration.verb_classes)),
+        )
+
+    def _turned(self, verbs: Sequence[int]) -> tuple[int, ...]:
+        return tuple(self.inverse[verb] for verb in verbs)
 
 
 _Backwards = tuple[ClipRecord, Narration]
@@ -173,3 +206,46 @@ def _as_it_is(word: str) -> str:
 
 _VERB_FORMS = (third_person, _as_it_is)
 _NOUN_FORMS = (_as_it_is,)
+
+
+def _heads(phrases: Phrases, forms: Sequence[Callable[[str], str]]) -> _Heads:
+    """The words before each phrase's gap, in every form, and the classes that may be meant."""
+    heads: dict[_Words, dict[_Words, tuple[int, int]]] = {}
+    for c, row in phrases.items():
+        for place, phrase in enumerate(row):
+            head, _, tail = phrase.partition(GAP)
+            for form in forms:
+                tails = heads.setdefault(_words(form(head)), {})
+                tails[_words(tail)] = min((place, c), tails.get(_words(tail), (place, c)))
+    return {
+        head: {tail: c for tail, (_, c) in tails.items()} for head, tails in heads.items() if head
+    }
+
+
+def _named(text: str, heads: _Heads) -> tuple[int, ...]:
+    """Classes that a text names, in its order: see `Vocabulary.with_classes`."""
+    words = _words(text)
+    found: list[int] = []
+    at = 0
+    while at < len(words):
+        for end in range(len(words), at, -1):
+            tails = heads.get(words[at:end], {})
+            ends = {tail: _end_of(tail, words, end) for tail in tails}
+            meant = [tail for tail, place in ends.items() if place is not None]
+            if meant:
+                gapped = [tail for tail in meant if tail] or meant
+                found.append(tails[min(gapped, key=lambda tail: (ends[tail], tail))])
+                at = end - 1
+                break
+        at += 1
+    return tuple(dict.fromkeys(found))
+
+
+def _end_of(tail: _Words, words: _Words, start: int) -> int | None:
+    """Where a phrase ends whose words after the gap are `tail`; None where they do not follow."""
+    places = range(start + len(tail), len(words) + 1)
+    return next((end for end in places if words[end - len(tail) : end] == tail), None)
+
+
+def _words(text: str) -> _Words:
+    return tuple(re.findall(r"\w+", text.lower()))

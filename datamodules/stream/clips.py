@@ -41,6 +41,7 @@ from datamodules.video.frames import Limits
 logger = logging.getLogger(__name__)
 
 _MAX_SUBSTITUTES = 100
+_MANY_PLAIN = 500  # clips in a row without the hard negative that was asked for
 _MOST_SKIPPED = 100_000  # samples of missing shards besides
 
 
@@ -140,6 +141,7 @@ class TrainStream(Dataset):
         self.text_widths = text_widths
         self.tokenizer = Tokenizer(pad_to_multiple_of=16)
         self._epoch: EpochOrder | None = None
+        self._plain = 0
 
     def __getitem__(self, place: tuple[int, int, int]) -> ClipBatch:
         """Make one batch.
@@ -222,9 +224,21 @@ class TrainStream(Dataset):
             items.append(
                 replace(item, video=item.video.flip(1), record=record, narration=narration)
             )
-        return [
+        items = [
             replace(one, negatives=self.hard.captions(one.narration, generator)) for one in items
         ]
+        if any(any(one.negatives) for one in items) or turned is not None:
+            self._plain = 0
+        elif shown_backwards or items[0].negatives:
+            self._plain += 1
+            if self._plain == _MANY_PLAIN:
+                logger.warning(
+                    "data.hard_negatives: %d clips in a row have none: no caption names a word that "
+                    "the vocabulary has for its clip's classes; the last is %r",
+                    self._plain,
+                    item.narration.text,
+                )
+        return items
 
 
 class EvalClips(Dataset):

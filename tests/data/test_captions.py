@@ -112,8 +112,41 @@ def test_backwards_takes_the_clips_and_the_texts_verb_each():
     turned_record, turned = hard.backwards(record, Narration("open drawer", 7, (0,), (0,)))
     assert turned_record.verb_classes == (3,) and turned.verb_classes == (1,)
     assert (turned.text, turned.text_index) == ("close drawer", -1)
-    for verbs in ((), (4,), (0, 1)):
+    for verbs in ((4,), (0, 1)):
         assert hard.backwards(record, Narration("open drawer", 7, verbs, ())) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "verbs", "nouns"),
+    [
+        ("#C C opens the drawer", [0], [0]),
+        ("#C C puts down the knife", [3], [2]),  # not "puts"
+        ("put the red box away", [3], [1]),  # "put" is class 3's second phrase and class 6's too
+        ("#C C pushes the red box left with the right hand", [4], [1]),
+        ("push knife right with the left hand", [5], [2]),
+        ("#C C shuts the drawer and takes a knife", [1, 2], [0, 2]),
+        ("#C C pushes the drawer", [], [0]),  # neither left nor right
+        ("#C C reopens the knifes", [], []),
+    ],
+)
+def test_a_narration_without_classes_has_those_it_names(text, verbs, nouns):
+    said = VOCABULARY.with_classes(Narration(text, -1, (), ()))
+    assert (list(said.verb_classes), list(said.noun_classes)) == (verbs, nouns)
+    own = Narration(text, -1, (6,), (1,))
+    assert VOCABULARY.with_classes(own) == own
+
+
+def test_clips_without_classes_are_turned_and_falsified_by_their_captions():
+    hard = CaptionNegatives(VOCABULARY, 2, 1, inverse={0: 1, 1: 0})
+    bare = ClipRecord("c", "v", 0, 1, ("",))
+    for seed in range(5):
+        made = hard.captions(narration("#C C opens the drawer", (), ()), random.Random(seed))
+        assert made == hard.captions(narration("#C C opens the drawer", (0,)), random.Random(seed))
+        assert all(made)
+    found = hard.backwards(bare, Narration("#C C opens the drawer", 3, (), ()))
+    assert found == (bare, Narration("#C C closes the drawer", -1, (), ()))
+    assert hard.backwards(bare, Narration("#C C opens and shuts the drawer", 3, (), ())) is None
+    assert hard.backwards(bare, Narration("#C C sits", 3, (), ())) is None
 
 
 def test_a_vocabulary_file(tmp_path):
@@ -146,6 +179,8 @@ def test_the_demo_worlds_vocabulary_names_its_verbs_and_their_reversal():
                 found = hard.backwards(record, narration(text, [verb], [5]))
                 assert found is not None and found[1].text == turned
                 assert all(hard.captions(narration(text, [verb], [5]), random.Random(0)))
+                said = vocabulary.with_classes(narration(text, [], []))
+                assert (said.verb_classes, said.noun_classes) == ((verb,), (5,))
 
 
 def test_epics_class_files(tmp_path):

@@ -120,3 +120,15 @@ def test_captions_alone_leave_the_batches_even(shards, vocabulary):
     batches = stream(shards, HardNegatives(vocabulary, num_verbs=1))
     assert all(batch.even and len(batch) == 8 for batch in batches)
     assert batches[0].negative_tokens.shape[:2] == (8, 1)
+
+
+def test_a_vocabulary_of_other_words_is_told(shards, vocabulary, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("datamodules.stream.clips._MANY_PLAIN", 16)
+    path = tmp_path / "v.json"
+    others = {"verbs": [[f"fly {v}"] for v in range(5)], "nouns": [["moon"]] * 18}
+    path.write_text(json.dumps(others))
+    stream(shards, hard(vocabulary))
+    assert not caplog.records
+    stream(shards, HardNegatives(str(path), 2, 1, [["fly 0", "fly 1"]], 1.0))
+    (record,) = caplog.records
+    assert "16 clips in a row have none" in record.message and "the last is '" in record.message
