@@ -233,8 +233,8 @@ class TrainStream(Dataset):
             self._plain += 1
             if self._plain == _MANY_PLAIN:
                 logger.warning(
-                    "data.hard_negatives: %d clips in a row have none: no caption names a word that "
-                    "the vocabulary has for its clip's classes; the last is %r",
+                    "data.hard_negatives: %d clips in a row have none: no caption names a word "
+                    "that the vocabulary has for its clip's classes; the last is %r",
                     self._plain,
                     item.narration.text,
                 )
