@@ -32,16 +32,24 @@ def rows(folder):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "strategy",
-    ["zero2", *(pytest.param(s, marks=pytest.mark.slow) for s in ("ddp", "zero1", "zero3"))],
+    ("strategy", "optimizer"),
+    [
+        ("zero2", "adamw"),
+        ("ddp", "muon"),
+        *(pytest.param(s, "adamw", marks=pytest.mark.slow) for s in ("ddp", "zero1", "zero3")),
+    ],
 )
-def test_a_recipe_that_is_stopped_goes_on_exactly(zygote, tmp_path, recipe, strategy):
+def test_a_recipe_that_is_stopped_goes_on_exactly(zygote, tmp_path, recipe, strategy, optimizer):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    done = zygote.start(tmp_path / "whole.txt", world=2, argv=words(recipe, whole, strategy))
+
+    def argv(folder):
+        return [*words(recipe, folder, strategy), f"--model.optimizer.name={optimizer}"]
+
+    done = zygote.start(tmp_path / "whole.txt", world=2, argv=argv(whole))
     assert done.wait() == [0, 0], done.text()
     assert len(losses_of(whole)) == 12
 
-    stopped_at = run_stopped_once(zygote, parts, words(recipe, parts, strategy))
+    stopped_at = run_stopped_once(zygote, parts, argv(parts))
     assert 0 < stopped_at < 12
     assert losses_of(parts) == losses_of(whole)
     last = json.loads((parts / "checkpoints" / "step-00000012" / "manifest.json").read_text())

@@ -154,6 +154,7 @@ CHANGES = {
     "schedule": (["--model.optimizer.schedule=cosine"], "schedule constant -> cosine"),
     "epoch": (["--trainer.limit_train_batches=2"], "steps_per_epoch 4 -> 2"),
     "optimizer": (["--model.optimizer.name=lamb"], "optimizer AdamW -> Lamb"),
+    "muon": (["--model.optimizer.name=muon"], "optimizer AdamW -> Muon"),
 }
 
 

@@ -59,6 +59,7 @@ from lightning_modules.training.run import agreement
 from lightning_modules.training.run.watchdog import StallWatchdog
 
 ROOT = Path(__file__).parents[2]
+SMS = ROOT / "configs" / "mir" / "eva02_at_base_sms.yaml"
 ROOMS = ("pretrain", "mir", "charades_ego", "recognition")  # a re-ranker mines by values
 RANKS = (1, 8, 64, 512)
 PAIRS = 4  # of a rank
@@ -328,11 +329,10 @@ def prepare() -> None:
 
 def plants(folder: str) -> dict[str, Any]:
     """Faults planted in a step, and what the count says of them."""
-    recipe = ROOT / "configs" / "mir" / "eva02_at_base_sms.yaml"
 
     def count(plant: Callable[[nn.Module], None], rank: int = 0) -> Step | str:
         try:
-            return count_step(recipe, 8, rank, folder, [], plant)
+            return count_step(SMS, 8, rank, folder, [], plant)
         except (RuntimeError, torch._subclasses.fake_tensor.UnsupportedOperatorException) as error:
             return str(error).splitlines()[0]
 
@@ -433,12 +433,14 @@ def main() -> int:
             several = [n for n in args.ranks if n > 1]
             steps += [count_step(r, n, n - 1, folder, []) for r in chosen for n in several]
         planted = plants(folder) if args.plant else {}
+        muon = count_step(SMS, 8, 0, folder, ["--model.optimizer.name=muon"])
         forward = {f"`{p}`, {t} frames": forward_of(p, t) for p, t in WHOLE_MODELS}
         content = table([step for step in steps if step.rank == 0], forward)
     if args.json:
         counted = {
             "steps": [asdict(step) for step in steps],
             "plants": {k: p if isinstance(p, str) else asdict(p) for k, p in planted.items()},
+            "muon": asdict(muon),
             "offloaded": offloaded() if args.plant else {},
             "forward": forward,
         }

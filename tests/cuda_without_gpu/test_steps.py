@@ -86,6 +86,12 @@ def test_a_step_of_each_kind(counted: dict[str, Any]) -> None:
         check_step(step)
 
 
+def test_muons_step_waits_to_hear_whether_gradients_are_finite(counted: dict[str, Any]) -> None:
+    ((place, times),) = counted["muon"]["waits"].items()
+    assert place.startswith("health.py") and times == 1
+    check_step(counted["muon"] | {"waits": {}})
+
+
 def test_the_order_of_collectives_is_that_of_every_rank(counted: dict[str, Any]) -> None:
     by_recipe: dict[str, list[Any]] = {}
     for step in counted["steps"]:

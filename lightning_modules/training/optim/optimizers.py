@@ -1,4 +1,4 @@
-"""Optimisers of the recipes: parameter groups, AdamW or LAMB, and a schedule per optimiser step."""
+"""Optimisers of the recipes: parameter groups, AdamW, LAMB or Muon, and a schedule per step."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_modules.training.optim.lamb import Lamb
+from lightning_modules.training.optim.muon import Muon
 from lightning_modules.training.optim.schedules import LearningRateFactor
 
 
@@ -23,7 +24,8 @@ class OptimizerConfig:
     """Optimiser and learning-rate schedule of a recipe. Gradient clipping is the Trainer's.
 
     Attributes:
-        name: `adamw` (fused on CUDA) or `lamb`.
+        name: `adamw` (fused), `lamb`, or `muon` for the matrices of the blocks with AdamW for all
+            else (not under ZeRO).
         lr: Peak learning rate.
         weight_decay: Decoupled decay of the matrices; biases, norms, positions and the
             temperature get none.
@@ -37,7 +39,7 @@ class OptimizerConfig:
         end_lr: Learning rate at the end of the cosine.
     """
 
-    name: Literal["adamw", "lamb"] = "adamw"
+    name: Literal["adamw", "lamb", "muon"] = "adamw"
     lr: float = 3e-5
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
@@ -145,8 +147,10 @@ def build_optimizers(
     options: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if lamb:
         optimizer = Lamb(groups, **options, sharded=sharded)
+    elif config.name == "muon":
+        optimizer = Muon(*_matrices_apart(model, groups, sharded), **options)
     else:
-        optimizer = AdamW(groups, **options, fused=torch.cuda.is_available())
+        optimizer = AdamW(groups, **options, fused=True)
     factor = LearningRateFactor(
         schedule=config.schedule,
         total_steps=total_steps,
@@ -156,6 +160,34 @@ def build_optimizers(
     )
     scheduler = {"scheduler": LambdaLR(optimizer, factor), "interval": "step", "name": "lr"}
     return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+
+def _matrices_apart(
+    model: nn.Module, groups: list[dict[str, Any]], sharded: bool
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The groups of the blocks' matrices, and of all else: embeddings, heads, vectors, scalars."""
+    if sharded:
+        raise ValueError(
+            "optimizer.name is muon, which steps whole matrices; under ZeRO each rank has slices "
+            "of them. Use adamw or lamb, or another strategy (configs/strategy/ddp.yaml)"
+        )
+    inside = {
+        id(p) for n, p in model.named_parameters() if p.ndim == 2 and "blocks" in n.split(".")
+    }
+    matrices, others = (
+        [
+            {**group, "params": params}
+            for group in groups
+            if (params := [p for p in group["params"] if (id(p) in inside) == wanted])
+        ]
+        for wanted in (True, False)
+    )
+    if not matrices:
+        raise ValueError(
+            "optimizer.name is muon, but no matrix of the model's blocks is trainable: unfreeze "
+            "some or use adamw"
+        )
+    return matrices, others
 
 
 def configure_optimizers(
