@@ -109,7 +109,9 @@ def make_plan(
     is_recogniser = isinstance(model, VideoClassifier)
     precision = str(cli.trainer.precision)
     num_classes = model.num_classes if is_recogniser else None
-    modes = {_activation_precision(s, precision) for s in STRATEGIES}
+    muon = cli.model.optimizer_config.name == "muon"  # which is refused under ZeRO
+    strategies = STRATEGIES[:1] if muon else STRATEGIES
+    modes = {_activation_precision(s, precision) for s in strategies}
     captions, turned = _hard_negatives(cli)
     costs = {
         mode: model_costs(model.config, num_classes, mode, num_captions=1 + captions, turned=turned)
@@ -123,7 +125,7 @@ def make_plan(
     per_epoch, source = (clips, "--clips") if clips is not None else _clips(cli)
     steps = per_epoch // batch * (epochs or cli.trainer.max_epochs or 1)
     rows = []
-    for strategy in STRATEGIES:
+    for strategy in strategies:
         for checkpointing in (False, True):
             option = plan_option(
                 costs[_activation_precision(strategy, precision)],
@@ -151,6 +153,7 @@ def make_plan(
         "activation_bytes": {mode: cost.activation_bytes for mode, cost in costs.items()},
         "recomputes": model.config.activation_checkpointing,
         "workers": cli.datamodule.num_workers,
+        "optimizer": cli.model.optimizer_config.name,
         "hard_negatives": {"captions": captions, "reversed_share": turned},
     }
     plan = {
@@ -221,6 +224,8 @@ def _modes(plan: dict[str, Any]) -> list[tuple[str, float]]:
 
 def _advice(plan: dict[str, Any]) -> str:
     usable = [row for row in plan["options"] if row["fits"] or row["micro_batch"]]
+    if not usable and plan["optimizer"] == "muon":
+        return "nothing; a smaller model, or adamw instead of muon, which is not for ZeRO"
     if not usable:
         return "nothing; more GPUs, configs/strategy/zero3_offload.yaml, or a smaller model"
     best = min(usable, key=lambda r: (r["step_s"], bool(r["micro_batch"]), r["checkpointing"]))

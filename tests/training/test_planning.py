@@ -296,6 +296,16 @@ def test_hard_negatives_are_counted(capsys):
     assert " 0 false captions a clip, 50% of the clips backwards" in capsys.readouterr().out
 
 
+def test_muon_is_planned_without_zero(capsys):
+    words = ["--config", "mir/eva02_at_base_sms", "--clips=6400"]
+    words += ["--cluster.gpus_per_node=8", "--model.optimizer.name=muon"]
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert "\nddp " in told and "zero" not in told
+    assert main([*words, "--cluster.gpu_memory_gib=2"]) == 0
+    assert "adamw instead of muon, which is not for ZeRO" in capsys.readouterr().out
+
+
 def test_the_command_prints_and_writes_a_plan(tmp_path, capsys):
     words = ["--config", str(ROOT / "configs/mir/eva02_at_base_sms.yaml"), "--clips", "67217"]
     file = tmp_path / "plan.json"
