@@ -144,6 +144,16 @@ def test_matrices_of_blocks_are_muons_and_all_else_is_adamws():
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([x / 2 for x in before])
 
 
+def test_matrices_may_have_a_learning_rate_of_their_own():
+    config = OptimizerConfig(name="muon", lr=0.1, matrix_lr=0.4, layer_decay=0.5)
+    optimizer = build_optimizers(_tiny(), config, 1, 1)["optimizer"]
+    rates = [{g["lr"] for g in optimizer.param_groups if ("betas" in g) == adam} for adam in (0, 1)]
+    assert max(rates[0]) == pytest.approx(4 * sorted(rates[1])[-2]) and max(rates[1]) == 0.1
+    for wrong in ({"name": "adamw", "matrix_lr": 0.1}, {"name": "muon", "matrix_lr": 0.0}):
+        with pytest.raises(ValueError, match=r"optimizer\.matrix_lr is"):
+            OptimizerConfig(**wrong)
+
+
 def test_only_matrices_may_be_trained():
     model = _tiny().requires_grad_(False)
     model.visual.blocks[0].mlp.w12.weight.requires_grad_(True)

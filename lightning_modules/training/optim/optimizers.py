@@ -27,6 +27,8 @@ class OptimizerConfig:
         name: `adamw` (fused), `lamb`, or `muon` for the matrices of the blocks with AdamW for all
             else (not under ZeRO).
         lr: Peak learning rate.
+        matrix_lr: Peak learning rate of what Muon steps; `lr` by default. Warm-up and schedule have
+            `lr`'s proportions.
         weight_decay: Decoupled decay of the matrices; biases, norms, positions and the
             temperature get none.
         betas: Decay of the moments.
@@ -41,6 +43,7 @@ class OptimizerConfig:
 
     name: Literal["adamw", "lamb", "muon"] = "adamw"
     lr: float = 3e-5
+    matrix_lr: float | None = None
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -54,6 +57,11 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ValueError(f"optimizer.lr is {self.lr}; it must be above 0")
+        if self.matrix_lr is not None and (self.matrix_lr <= 0 or self.name != "muon"):
+            raise ValueError(
+                f"optimizer.matrix_lr is {self.matrix_lr} with {self.name}; it must be above 0, and "
+                "only muon has matrices of its own"
+            )
         if self.warmup_epochs and self.warmup_steps:
             raise ValueError(
                 f"optimizer.warmup_epochs is {self.warmup_epochs} and warmup_steps is "
@@ -148,7 +156,10 @@ def build_optimizers(
     if lamb:
         optimizer = Lamb(groups, **options, sharded=sharded)
     elif config.name == "muon":
-        optimizer = Muon(*_matrices_apart(model, groups, sharded), **options)
+        matrices, others = _matrices_apart(model, groups, sharded)
+        for group in matrices:
+            group["lr"] *= (config.matrix_lr or config.lr) / config.lr
+        optimizer = Muon(matrices, others, **options)
     else:
         optimizer = AdamW(groups, **options, fused=True)
     factor = LearningRateFactor(
