@@ -59,8 +59,8 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.lr is {self.lr}; it must be above 0")
         if self.matrix_lr is not None and (self.matrix_lr <= 0 or self.name != "muon"):
             raise ValueError(
-                f"optimizer.matrix_lr is {self.matrix_lr} with {self.name}; it must be above 0, and "
-                "only muon has matrices of its own"
+                f"optimizer.matrix_lr is {self.matrix_lr} with {self.name}; it must be above 0, "
+                "and only muon has matrices of its own"
             )
         if self.warmup_epochs and self.warmup_steps:
             raise ValueError(
