@@ -12,10 +12,10 @@ from lightning_modules.demo.world.vocabulary import (
     NOUNS,
     VERBS,
     imperative,
+    phrases,
     rephrasings,
     reversed_verb,
 )
-from lightning_modules.packaged import folder
 
 VOCABULARY = Vocabulary(
     verbs={
@@ -168,8 +168,10 @@ def test_a_vocabulary_file(tmp_path):
             read_vocabulary(path)
 
 
-def test_the_demo_worlds_vocabulary_names_its_verbs_and_their_reversal():
-    vocabulary = read_vocabulary(folder("configs") / "demo" / "vocabulary.json")
+def test_the_demo_worlds_vocabulary_names_its_verbs_and_their_reversal(tmp_path):
+    path = tmp_path / "vocabulary.json"
+    path.write_text(json.dumps(phrases()))
+    vocabulary = read_vocabulary(path)
     assert [list(p) for p in vocabulary.nouns.values()] == [[noun] for noun in NOUNS]
     hard = CaptionNegatives(vocabulary, 7, 11, {v: reversed_verb(v) for v in range(len(VERBS))})
     for verb in range(len(VERBS)):

@@ -12,9 +12,8 @@ from retrieval_protocol import protocol, relevance_of_sets
 
 from datamodules.annotations.formats import read_clips
 from datamodules.manifest import ClipRecord
-from lightning_modules import packaged
 from lightning_modules.cli.parser import share_that_may_miss
-from lightning_modules.demo.world.vocabulary import imperative, reversed_verb
+from lightning_modules.demo.world.vocabulary import imperative, phrases, reversed_verb
 from lightning_modules.evaluation.benchmarks import BENCHMARKS, BenchmarkData
 from lightning_modules.evaluation.missing import Coverage
 from lightning_modules.evaluation.similarity import dual_softmax
@@ -278,8 +277,9 @@ class TestEgoHOIBench:
         figures = benchmark.measure(prediction, present).metrics
         assert (figures["num_questions"], figures["num_missing_clips"]) == (1, 1)
 
-    def test_choices_of_a_vocabulary(self):
-        vocabulary = packaged.folder("configs") / "demo" / "vocabulary.json"
+    def test_choices_of_a_vocabulary(self, tmp_path):
+        vocabulary = tmp_path / "vocabulary.json"
+        vocabulary.write_text(json.dumps(phrases()))
         records = [
             ClipRecord(f"{v}", "v", 0.0, 1.0, (imperative(v, [5]),), (v,), (5,)) for v in range(8)
         ]

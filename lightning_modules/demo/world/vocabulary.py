@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from datamodules.stream.captions import GAP
+
 
 @dataclass(frozen=True)
 class Verb:
@@ -70,6 +72,12 @@ def is_test_only(verb_class: int, noun_class: int) -> bool:
         open, close: nouns 0, 6;   pick-up, put-down: nouns 1, 7;   push: 2, 8;   turn: 3, 9
     """
     return noun_class % 6 == verb_class // 2
+
+
+def phrases() -> dict[str, list[list[str]]]:
+    """How captions name verbs and nouns: what `HardNegatives.vocabulary` reads from a file."""
+    verbs = [[GAP.join(part for part in (verb.base, verb.tail) if part)] for verb in VERBS]
+    return {"verbs": verbs, "nouns": [[noun] for noun in NOUNS]}
 
 
 def imperative(verb_class: int, noun_classes: Sequence[int]) -> str:

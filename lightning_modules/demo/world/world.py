@@ -4,6 +4,7 @@ OUT/videos/ego4d/{uid}.mp4               narrated videos for pretraining
 OUT/videos/ek100/P01/P01_01.MP4          videos for multi-instance retrieval
 OUT/annotations/egoclip.csv              EgoVLP's columns
 OUT/annotations/EPIC_100_retrieval_{train,test}{,_sentence}.csv   EK-100's columns
+OUT/annotations/vocabulary.json          phrases of the verbs and nouns
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from lightning_modules.demo.world.vocabulary import (
     imperative,
     is_test_only,
     narration,
+    phrases,
     rephrasings,
 )
 
@@ -194,6 +196,7 @@ def build_world(
     _write_rephrased(world, narrated)
     for split in ("train", "test"):
         _write_epic(world, split, [pair for pair in made if pair[0].split == split])
+    (world.annotations / "vocabulary.json").write_text(json.dumps(phrases(), indent=1) + "\n")
     stamp.write_text(wanted)
     return world
 
