@@ -60,7 +60,7 @@ class OptimizerConfig:
         if self.matrix_lr is not None and (self.matrix_lr <= 0 or self.name != "muon"):
             raise ValueError(
                 f"optimizer.matrix_lr is {self.matrix_lr} with {self.name}; it must be above 0, "
-                "and only muon has matrices of its own"
+                "and null for all but muon"
             )
         if self.warmup_epochs and self.warmup_steps:
             raise ValueError(
