@@ -31,7 +31,7 @@ from lightning_modules.planning.costs import GIB, largest_batch
 TOTAL_S = 600
 _PROGRAM = ("-m", "lightning_modules.cli.main")
 # Two epochs: the recipes' warm-up takes the first.
-DEMO = ("demo", "--out={out}", "--clips", "192", "128", "24", "--trainer.max_epochs=2")
+DEMO = ("demo", "--out={out}", "--clips", "192", "64", "24", "--trainer.max_epochs=2")
 _TESTS = (
     *("-m", "pytest", "-m", "gpu", "-q", "-rA", "-p", "no:cacheprovider"),
     *("tests/kernels", "tests/metrics", "tests/training/test_side_stream.py"),
