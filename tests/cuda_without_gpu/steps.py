@@ -60,6 +60,7 @@ from lightning_modules.training.run.watchdog import StallWatchdog
 
 ROOT = Path(__file__).parents[2]
 SMS = ROOT / "configs" / "mir" / "eva02_at_base_sms.yaml"
+MUON = ["--model.optimizer.name=muon"]
 ROOMS = ("pretrain", "mir", "charades_ego", "recognition")  # a re-ranker mines by values
 RANKS = (1, 8, 64, 512)
 PAIRS = 4  # of a rank
@@ -433,14 +434,14 @@ def main() -> int:
             several = [n for n in args.ranks if n > 1]
             steps += [count_step(r, n, n - 1, folder, []) for r in chosen for n in several]
         planted = plants(folder) if args.plant else {}
-        muon = count_step(SMS, 8, 0, folder, ["--model.optimizer.name=muon"])
+        muon = asdict(count_step(SMS, 8, 0, folder, MUON)) if args.plant else {}
         forward = {f"`{p}`, {t} frames": forward_of(p, t) for p, t in WHOLE_MODELS}
         content = table([step for step in steps if step.rank == 0], forward)
     if args.json:
         counted = {
             "steps": [asdict(step) for step in steps],
             "plants": {k: p if isinstance(p, str) else asdict(p) for k, p in planted.items()},
-            "muon": asdict(muon),
+            "muon": muon,
             "offloaded": offloaded() if args.plant else {},
             "forward": forward,
         }

@@ -79,7 +79,7 @@ def test_the_rest_is_adamws_to_the_bit():
 
 @pytest.mark.parametrize("lot", [1, 72 * 24, 2**26])
 def test_matrices_together_are_each_alone(monkeypatch, lot):
-    monkeypatch.setattr("lightning_modules.training.optim.muon._LOT_ELEMENTS", lot)
+    monkeypatch.setattr("lightning_modules.training.optim.lots._LOT_ELEMENTS", lot)
     together, alone = _matrices(), _matrices()
     optimizers = [Muon(*_groups(together, _vector()))]
     optimizers += [Muon(*_groups([matrix], _vector())) for matrix in alone]

@@ -191,7 +191,7 @@ def test_lamb_moves_a_parameter_that_is_still_zero():
 @pytest.mark.parametrize("lot", [2**26, 12])
 def test_lamb_of_many_parameters_is_lamb_of_each(monkeypatch, lot):
     """They go through each operation together, and come out as they would alone, to the bit."""
-    monkeypatch.setattr("lightning_modules.training.optim.lamb._LOT_ELEMENTS", lot)
+    monkeypatch.setattr("lightning_modules.training.optim.lots._LOT_ELEMENTS", lot)
     torch.manual_seed(0)
     start = [torch.randn(size) for size in (3, 7, 1, 20, 5)]
 

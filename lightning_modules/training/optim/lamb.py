@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_modules.collectives import on_group_device
-
-_LOT_ELEMENTS = 2**26  # 256 MiB of float32 for each intermediate result
+from lightning_modules.training.optim.lots import loss_of, lots_of
 
 
 class Lamb(Optimizer):
@@ -54,11 +53,11 @@ class Lamb(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Take one step; parameters without a gradient stay."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        steps = [(group, params, self._directions(group, params)) for group, params in self._lots()]
+        loss = loss_of(closure)
+        steps = [
+            (group, params, self._directions(group, params))
+            for group, params in lots_of(self.param_groups, self._likeness)
+        ]
         adapted = [(params, updates) for group, params, updates in steps if group["weight_decay"]]
         ratios = self._trust_ratios(adapted)
         for group, params, updates in steps:
@@ -70,28 +69,10 @@ class Lamb(Optimizer):
             torch._foreach_sub_(params, updates)
         return loss
 
-    def _lots(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
-        """Parameters that can be worked on at once: alike in settings, step, device and type.
-
-        Under ZeRO every parameter has a group of its own, most of them alike. A lot is bounded,
-        because its intermediate results are all there at the same time.
-        """
-        lots: list[tuple[dict[str, Any], list[Tensor]]] = []
-        open_lots: dict[Any, tuple[int, list[Tensor]]] = {}
-        for group in self.param_groups:
-            settings = (group["lr"], group["betas"], group["eps"], group["weight_decay"])
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                state = self._state_of(param)
-                key = (*settings, float(state["step"]), param.device, param.dtype)
-                size, lot = open_lots.get(key, (_LOT_ELEMENTS, []))
-                if size + param.numel() > _LOT_ELEMENTS:
-                    size, lot = 0, []
-                    lots.append((group, lot))
-                lot.append(param)
-                open_lots[key] = size + param.numel(), lot
-        return lots
+    def _likeness(self, group: dict[str, Any], param: Tensor) -> tuple[Any, ...]:
+        """Settings, step, device and type."""
+        settings = (group["lr"], group["betas"], group["eps"], group["weight_decay"])
+        return (*settings, float(self._state_of(param)["step"]), param.device, param.dtype)
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         state = self.state[param]

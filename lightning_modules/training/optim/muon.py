@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from lightning_modules.training.optim.lots import loss_of, lots_of
+
 _MOMENTUM = 0.95
 _ROUNDS = 5
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan's: the steepest at zero that stays near 1
 _SMALLEST_NORM = 1e-7
 _RMS = 0.2  # of an AdamW step, in learning rates (Liu et al.)
-_LOT_ELEMENTS = 2**26  # 256 MiB of float32 for each intermediate result
 
 
 class Muon(Optimizer):
@@ -52,13 +53,9 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Take one step; parameters without a gradient stay."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups[: self._num_groups]:
-            for lot in _lots(group["params"]):
-                self._step_matrices(lot, group["lr"], group["weight_decay"])
+        loss = loss_of(closure)
+        for group, lot in lots_of(self.param_groups[: self._num_groups], _likeness):
+            self._step_matrices(lot, group["lr"], group["weight_decay"])
         # a loaded state brings groups of its own
         self._adamw.state, self._adamw.param_groups = (
             self.state,
@@ -103,14 +100,5 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def _lots(params: list[Tensor]) -> list[list[Tensor]]:
-    """Those with a gradient, sorted by shape, device and type into lots of bounded size."""
-    alike: dict[Any, list[Tensor]] = {}
-    for param in params:
-        if param.grad is not None:
-            alike.setdefault((param.shape, param.device, param.dtype), []).append(param)
-    lots = []
-    for same in alike.values():
-        most = max(1, _LOT_ELEMENTS // same[0].numel())
-        lots += [same[i : i + most] for i in range(0, len(same), most)]
-    return lots
+def _likeness(group: dict[str, Any], param: Tensor) -> tuple[Any, ...]:
+    return group["lr"], group["weight_decay"], param.shape, param.device, param.dtype
