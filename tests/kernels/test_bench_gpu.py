@@ -40,7 +40,8 @@ def test_what_fails_or_hangs_costs_its_own_row(tmp_path: Path) -> None:
     assert page.name == "nvidia-test-80gb-rev-2.md"
     text = page.read_text()
     assert "| g | n | 500.00 | 2.00x |  | pairs/s 7 |" in text
-    assert "| hangs | past its limit | 2 |" in text
+    assert outcomes[2].seconds >= 2  # more on a busy machine
+    assert f"| hangs | past its limit | {outcomes[2].seconds:.0f} |" in text
     assert "out of memory" in text and "here" in text and "no time was left" in text
     assert len(json.loads(page.with_suffix(".json").read_text())["parts"]) == 4
 
